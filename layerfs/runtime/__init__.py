@@ -1,0 +1,1 @@
+"""Starting, watching and ending the process that serves a mount."""
