@@ -1,0 +1,132 @@
+"""What holds for every test: the header of facts, a private mount namespace, and no test leaves anything
+behind.
+
+A mount or layerfs process that a test leaves over, or a warning or traceback in a daemon's log, fails that
+test.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support import mounts
+from tests.support.stack import Stack, scratch_root, set_scratch_root
+
+_namespace: str | None = "not tried"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shared-mounts",
+        action="store_true",
+        help="mount in the caller's mount namespace, to look at the mounts from outside",
+    )
+    parser.addoption("--keep-stacks", action="store_true", help="do not delete the directories of the tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _namespace
+    if hasattr(config, "workerinput") or config.option.collectonly:
+        return
+    os.environ[mounts.SESSION_MARK] = mounts.session_id
+    scratch_root()
+    _namespace = (
+        "shared, as asked" if config.getoption("--shared-mounts") else mounts.private_mount_namespace()
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    if config.option.collectonly:
+        return []
+    state = "private" if _namespace is None else f"the caller's ({_namespace})"
+    return [*mounts.facts(), f"mount namespace: {state}"]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if config.option.collectonly:
+        return
+    for line in mounts.sweep():
+        print(f"left over at the end: {line}")
+    if not config.getoption("--keep-stacks"):
+        root = scratch_root()
+        if not [m for m in mounts.mounts_below(root) if m[0] != str(root)]:
+            shutil.rmtree(root, ignore_errors=True)
+        set_scratch_root(None)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Wider-scoped mounts are closed by now: whatever is still there is a leak that fails the run."""
+    if session.config.option.collectonly:
+        return
+    if left := mounts.sweep():
+        print("\nLEFT OVER after the last test:\n  " + "\n  ".join(left))
+        session.exitstatus = 1
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    before = list(mounts.live)
+    yield
+    wrong = mounts.sweep(keep=before)
+    for m in before:
+        if isinstance(m, mounts.Layerfs) and m in mounts.live and (said := m.new_complaints()):
+            wrong.append(f"{m} logged:\n{said}")
+    if wrong:
+        pytest.fail("\n".join(wrong), pytrace=False)
+
+
+@pytest.fixture
+def stack() -> Iterator[Stack]:
+    """A stack with one lower, upper and work; removed afterwards. Make others with `make_stack`."""
+    s = Stack()
+    yield s
+    _remove(s)
+
+
+@pytest.fixture
+def make_stack(request: pytest.FixtureRequest) -> Iterator[type[Stack]]:
+    """`Stack`, with every instance made by this test removed afterwards."""
+    made: list[Stack] = []
+
+    class Remembered(Stack):
+        def __init__(self, *args: object, **kw: object) -> None:
+            super().__init__(*args, **kw)  # type: ignore[arg-type]
+            made.append(self)
+
+    yield Remembered
+    if not request.config.getoption("--keep-stacks"):
+        for s in made:
+            _remove(s)
+
+
+def _remove(s: Stack) -> None:
+    if s.dir.exists() and not mounts.mounts_below(s.dir):
+        s.remove()
+
+
+@pytest.fixture
+def root() -> None:
+    if reason := mounts.why_not_root():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def kernel_overlay(root: None) -> None:
+    """The test needs kernel overlayfs."""
+    if reason := mounts.why_no_kernel_overlay():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def ordinary_user(root: None) -> tuple[int, int]:
+    """(uid, gid) of an ordinary user who may open /dev/fuse; for `Layerfs(as_user=...)` and
+    `Stack(owner=...)`.
+    """
+    uid = 65534
+    if reason := mounts.why_no_layerfs(uid):
+        pytest.skip(reason)
+    return uid, uid
