@@ -1,7 +1,37 @@
-"""Entry point of `layerfs`: placeholder until the commands land."""
+"""Entry point of `layerfs`. Starts the right command as fast as it can be; parsing is
+`layerfs.cli.group`'s.
+"""
 
 from __future__ import annotations
 
+import sys
+
+from layerfs import __version__
+from layerfs.cli import talk
+from layerfs.cli.commands import COMMANDS
+
 
 def main() -> int:
-    return 0
+    arguments = sys.argv[1:]
+    command = next((each for each in arguments if not each.startswith("-")), "")
+    program = f"layerfs {command}" if command in COMMANDS else "layerfs"
+    return talk.run(program, lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments == ["--version"]:  # asked by scripts, so not worth the import of click
+        print(f"layerfs {__version__}")
+        return 0
+    if not arguments:
+        arguments = ["--help"]
+    if arguments[0] != "mount" or not {"--foreground", "--help", "-h"}.isdisjoint(arguments):
+        from layerfs.cli import group
+
+        return group.run(arguments)
+    # The daemon imports trio and pyfuse3 while we import click, read the options and look at the layers.
+    from layerfs.cli import launching
+
+    with launching.daemon_ahead():
+        from layerfs.cli import group
+
+        return group.run(arguments)

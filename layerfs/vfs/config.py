@@ -25,7 +25,8 @@ class StackConfig:
     redirect_dir: bool = True
     #: Copy attributes up without data (`overlay.metacopy`); off: always copy data.
     metacopy: bool = True
-    #: xattr prefix `user.overlay.` (True) or `trusted.overlay.` (False); None: `trusted.` where it can be set.
+    #: xattr prefix `user.overlay.` (True) or `trusted.overlay.` (False); None: `trusted.` where it can be
+    #: set.
     userxattr: bool | None = None
     #: EROFS for everything that would write, though `upper` may be given and is then shown.
     read_only: bool = False

@@ -1,0 +1,141 @@
+"""What `layerfs mount` and `mount.layerfs` share: from mount options to a running daemon. Parses no command
+line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from layerfs.errors import MountError, UsageError
+from layerfs.runtime.daemon import Daemon, MountRequest, Serve, fork_daemon, run_foreground
+from layerfs.vfs.config import StackConfig
+
+if TYPE_CHECKING:
+    from layerfs.overlay.options import MountOptions
+
+_ahead: Daemon | None = None
+
+
+def load_serve() -> Serve:
+    from layerfs.fuse.serve import serve
+
+    return serve
+
+
+@contextmanager
+def daemon_ahead() -> Iterator[None]:
+    """Fork the daemon now, to be used by `mount` inside; ended if that did not happen."""
+    global _ahead
+    _ahead = fork_daemon(load_serve)
+    try:
+        yield
+    finally:
+        unused, _ahead = _ahead, None
+        if unused is not None:
+            unused.abandon()
+
+
+def mount(
+    *,
+    options: MountOptions,
+    mountpoint: str,
+    ephemeral: bool = False,
+    foreground: bool = False,
+    fake: bool = False,
+    log: str | None = None,
+    source: str | None = None,
+    note: Callable[[str], None],
+) -> None:
+    """Check and mount; returns when the mount is usable, or with `foreground` when it has ended.
+
+    `fake`: check only. Raises LayerfsError.
+    """
+    global _ahead
+    from layerfs.overlay.options import kernel_mount_options
+    from layerfs.runtime import preflight
+    from layerfs.runtime.mounts import absolute
+    from layerfs.vfs.checks import check_stack
+
+    if ephemeral and (options.upper or options.work):
+        raise UsageError("--ephemeral makes its own upper and work directory: leave out --upper and --work")
+    if options.work and not options.upper:
+        raise UsageError("a work directory needs an upper directory")
+    config = StackConfig(
+        lowers=tuple(absolute(lower) for lower in options.lowers),
+        upper=absolute(options.upper) if options.upper else None,
+        work=absolute(options.work) if options.work else None,
+        volatile=options.volatile or ephemeral,
+        redirect_dir=options.redirect_dir is not False,
+        metacopy=options.metacopy is not False,
+        userxattr=options.userxattr,
+        read_only=options.read_only,
+    )
+    fuse_options, notes = kernel_mount_options(
+        options,
+        root=os.geteuid() == 0,
+        read_only=config.read_only or not (config.upper or ephemeral),
+        source=source,
+    )
+    for line in notes:
+        note(line)
+    preflight.check_fuse_device()
+    preflight.check_user_mount(fuse_options)
+    device_before, cleared = preflight.check_mountpoint(mountpoint)
+    if cleared:
+        note(f"a dead mount was cleared off {mountpoint}")
+    with _default_work(config) as (config, keep_work):
+        check_stack(config, mountpoint)
+        if fake:
+            return
+        request = MountRequest(
+            config=config,
+            mountpoint=absolute(mountpoint),
+            device_before=device_before,
+            fuse_options=fuse_options,
+            ephemeral=ephemeral,
+            log=absolute(log) if log else None,
+        )
+        if foreground:
+            run_foreground(load_serve, request, keep_work)
+            return
+        daemon, _ahead = _ahead or fork_daemon(load_serve), None
+        daemon.start(request)
+        keep_work()
+
+
+@contextmanager
+def _default_work(config: StackConfig) -> Iterator[tuple[StackConfig, Callable[[], None]]]:
+    """`config` with a work directory: `UPPER.work`, made if need be, and unmade unless the second value is
+    called.
+    """
+    made: str | None = None
+
+    def keep() -> None:
+        nonlocal made
+        made = None
+
+    if config.upper is not None and config.work is None and not config.read_only:
+        work = config.upper.rstrip("/") + ".work"
+        if os.path.isdir(config.upper):  # else the checks say what it is
+            try:
+                os.mkdir(work, 0o700)
+                made = work
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise MountError(
+                    f"work directory {work}: {os.strerror(error.errno or 0)} (--work DIR names another)",
+                    error.errno,
+                ) from None
+        config = replace(config, work=work)
+    try:
+        yield config, keep
+    finally:
+        if made is not None:
+            import shutil
+
+            shutil.rmtree(made, ignore_errors=True)

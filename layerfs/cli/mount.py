@@ -1,0 +1,81 @@
+"""`layerfs mount`: the command line of a mount. Checking, forking and mounting are
+`layerfs.cli.launching`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import click
+
+from layerfs.cli import launching, talk
+from layerfs.errors import UsageError
+from layerfs.overlay.options import parse_options
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--lower", "lowers", metavar="DIR", multiple=True, help="A read-only layer; the first is on top."
+)
+@click.option(
+    "--upper", metavar="DIR", help="The directory that takes all changes; without one nothing can be written."
+)
+@click.option("--work", metavar="DIR", help="Scratch directory beside the upper one.  [default: UPPER.work]")
+@click.option(
+    "--ephemeral", is_flag=True, help="A temporary upper directory (in $TMPDIR or /var/tmp), gone at the end."
+)
+@click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options, separated by commas.")
+@click.option("--foreground", is_flag=True, help="Serve in this process instead of a daemon.")
+@click.option(
+    "--log", metavar="FILE", envvar="LAYERFS_LOG", help="Append what the daemon has to say to FILE."
+)
+@click.argument("mountpoint", metavar="MOUNTPOINT")
+def command(
+    lowers: tuple[str, ...],
+    upper: str | None,
+    work: str | None,
+    ephemeral: bool,
+    options: tuple[str, ...],
+    foreground: bool,
+    log: str | None,
+    mountpoint: str,
+) -> int:
+    """Mount the layers on MOUNTPOINT. Returns when the mount is usable.
+
+    \b
+    Options for -o:
+      lowerdir=A:B  upperdir=U  workdir=W   as kernel overlayfs writes them; \\: and \\, escape
+      volatile                              never wait for the disk; a crash spoils the upper
+      redirect_dir=on|off                   rename directories by a mark [on] or by copying
+      metacopy=on|off                       copy attributes up without data [on]
+      userxattr                             keep marks in user.* attributes even as root
+      ro nosuid nodev noexec noatime ...    as for any mount
+      allow_other                           other users may enter (root: the default)
+    """
+    parsed = parse_options(options)
+    if parsed.unknown:
+        raise UsageError(f"unknown mount option: {parsed.unknown[0]}")
+    if parsed.ineffective:
+        raise UsageError(
+            f"mount option {parsed.ineffective[0]} is fuse-overlayfs's and has no effect here: leave it out"
+        )
+    for name, given, parsed_value in (("upper", upper, parsed.upper), ("work", work, parsed.work)):
+        if given is not None and parsed_value is not None:
+            raise UsageError(f"--{name} and -o {name}dir= are the same thing: give one of them")
+    if lowers and parsed.lowers:
+        raise UsageError("--lower and -o lowerdir= are the same thing: use one of them")
+    for name, values in (("--lower", lowers), ("--upper", (upper,)), ("--work", (work,))):
+        if "" in values:
+            raise UsageError(f"{name}: an empty path")
+    parsed = replace(
+        parsed, lowers=lowers or parsed.lowers, upper=upper or parsed.upper, work=work or parsed.work
+    )
+    launching.mount(
+        options=parsed,
+        mountpoint=mountpoint,
+        ephemeral=ephemeral,
+        foreground=foreground,
+        log=log or None,
+        note=lambda line: talk.note("layerfs mount", line),
+    )
+    return 0

@@ -1,0 +1,142 @@
+"""`layerfs umount`: takes a mount away and waits until its daemon has written everything and ended."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+from dataclasses import dataclass
+
+import click
+
+from layerfs.cli import talk
+from layerfs.errors import MountError
+from layerfs.fdutil import syncfs
+from layerfs.runtime import mounts
+from layerfs.vfs.checks import reason, shown
+
+#: Attribute of a mount's root that tells whose it is (JSON with pid, upper, volatile…).
+INFO_ATTRIBUTE = "layerfs.mount"
+#: How often to look whether the daemon has reasons of its own to stay, in ms.
+_LOOK_AGAIN_MS = 1000
+
+
+@dataclass
+class _Served:
+    """What has to end and be on disk before we may return. -1: unknown, or nothing to do."""
+
+    pid: int = 0
+    pidfd: int = -1
+    upper_fd: int = -1
+    upper: str = ""
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "-l", "--lazy", is_flag=True, help="Detach a busy mount now; it ends when the last user has left."
+)
+@click.argument("mountpoint", metavar="MOUNTPOINT")
+def command(lazy: bool, mountpoint: str) -> int:
+    """Unmount MOUNTPOINT. Returns when the daemon has ended and the upper directory is on disk.
+
+    Clears a dead mount too, whose daemon was killed.
+    """
+    umount(mountpoint, lazy=lazy)
+    return 0
+
+
+def umount(mountpoint: str, *, lazy: bool) -> None:
+    """Raises MountError, BusyError when it cannot be unmounted or did not reach the disk."""
+    try:
+        entry = mounts.mount_at(mountpoint)
+    except OSError as error:
+        raise MountError(f"{shown(mountpoint)}: {reason(error)}", error.errno) from None
+    if entry is None:
+        raise MountError(f"{shown(mountpoint)} is not a mount point", errno.EINVAL)
+    if entry.fstype != mounts.FSTYPE:
+        raise MountError(
+            f"{shown(mountpoint)} is not a layerfs mount but {os.fsdecode(entry.fstype)}: use umount",
+            errno.EINVAL,
+        )
+    dead = mounts.is_dead(mountpoint)
+    served = _Served() if dead else _who_serves(mountpoint)
+    try:
+        # Nobody can do anything in a dead mount any more: what still works in it must not keep it here.
+        mounts.detach(entry.target, lazy=lazy or dead)
+        if not dead:
+            _wait_until_gone(served, entry.device, lazy=lazy)
+            _check_written(served)
+    finally:
+        for fd in (served.pidfd, served.upper_fd):
+            if fd >= 0:
+                os.close(fd)
+    if dead:
+        from layerfs.runtime import ephemeral
+
+        ephemeral.sweep()
+
+
+def _who_serves(mountpoint: str) -> _Served:
+    served = _Served()
+    try:
+        info = json.loads(os.getxattr(mountpoint, INFO_ATTRIBUTE))
+        served.pid = int(info["pid"])
+        if info.get("upper") and not info.get("volatile"):
+            served.upper = str(info["upper"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return served  # not ours to ask: root unmounts for somebody else's namespace, say
+    if _serves_fuse(served.pid):
+        try:
+            served.pidfd = os.pidfd_open(served.pid)
+        except OSError:
+            pass  # it ended meanwhile
+    if served.upper:
+        try:
+            # Opened before the unmount: syncfs(2) reports the write-back errors since the descriptor was
+            # opened.
+            served.upper_fd = os.open(served.upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            pass
+    return served
+
+
+def _serves_fuse(pid: int) -> bool:
+    """Whether `pid` is a FUSE daemon: a number from another pid namespace may mean anybody here."""
+    try:
+        return any(os.readlink(f"/proc/{pid}/fd/{fd}") == "/dev/fuse" for fd in os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return False
+
+
+def _wait_until_gone(served: _Served, device: int, *, lazy: bool) -> None:
+    if served.pidfd < 0:
+        return
+    poll = select.poll()
+    poll.register(served.pidfd, select.POLLIN)
+    while not poll.poll(_LOOK_AGAIN_MS):
+        elsewhere = mounts.other_targets(device)
+        if elsewhere:
+            talk.note("layerfs umount", f"still mounted on {shown(elsewhere[0])}: the daemon goes on")
+            return
+        holder = mounts.held_elsewhere(device)
+        if holder is not None:
+            talk.note(
+                "layerfs umount",
+                f"still mounted in the mount namespace of process {holder}: the daemon goes on",
+            )
+            return
+        if lazy:
+            return
+
+
+def _check_written(served: _Served) -> None:
+    if served.upper_fd < 0:
+        return
+    try:
+        syncfs(served.upper_fd)
+    except OSError as error:
+        raise MountError(
+            f"unmounted, but not everything reached the disk of {shown(served.upper)}: {reason(error)}",
+            error.errno,
+        ) from None
