@@ -35,6 +35,7 @@ __all__ = [
     "PlainDir",
     "live",
     "marked_processes",
+    "mount_options",
     "mounts_below",
     "sweep",
     "why_no_fuse",
@@ -104,6 +105,17 @@ def mounts_below(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
             point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
             if point == root or point.startswith(root + "/"):
                 found.append((point, right.split()[0]))
+    return found
+
+
+def mount_options(path: str | os.PathLike[str]) -> set[str]:
+    """Per-mount options (`nodev`, `ro`, ...) of the mount at exactly `path`."""
+    point, found = os.path.realpath(path), set[str]()
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as f:
+        for line in f:
+            fields = line.split()
+            if re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4]) == point:
+                found = set(fields[5].split(","))
     return found
 
 

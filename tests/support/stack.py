@@ -186,13 +186,14 @@ class Stack:
 
     # --- laying out a tree ------------------------------------------------------------------------
 
-    def populate(self, tree: Tree, arrangement: str, under: str | bytes = b"") -> None:
+    def populate(self, tree: Tree, arrangement: str, under: str | bytes = b"", *, salt: int = 0) -> None:
         """Lay `tree` out in this stack, below the directory `under` (made where missing; b"" is the root).
 
         Not to be called while the stack is mounted. May be called again with another `under`. With b"" the
-        root directory's own owner, mode and times are left as they are.
+        root directory's own owner, mode and times are left as they are. `salt` moves every entry to other
+        layers and forms, so that one tree laid out many times meets many of them.
         """
-        spread = _Spread(self, arrangement, os.fsencode(under))
+        spread = _Spread(self, arrangement, os.fsencode(under), salt)
         spread.run({os.fsencode(k): v for k, v in tree.items()})
 
     def write(self, root: Path, tree: Tree, under: str | bytes = b"") -> None:
@@ -307,8 +308,9 @@ class _Spread:
     Each merged directory also has a junk file and a junk directory hidden by whiteouts.
     """
 
-    def __init__(self, stack: Stack, arrangement: str, under: bytes) -> None:
+    def __init__(self, stack: Stack, arrangement: str, under: bytes, salt: int) -> None:
         self.under = under
+        self.salt = salt
         if arrangement in ("all-lower", "all-upper"):
             one = stack.upper if arrangement == "all-upper" else stack.lowers[-1]
             roots = [one]
@@ -328,7 +330,7 @@ class _Spread:
         whole = {b"": Dir(), **tree} if self.under else dict(tree)
         if not self.under:
             self.room[b""] = (0, self.top)
-        for number, (path, entry) in enumerate(whole.items()):
+        for number, (path, entry) in enumerate(whole.items(), self.salt):
             if path:
                 self._parents(os.path.dirname(path))
             if isinstance(entry, Dir):
@@ -347,7 +349,7 @@ class _Spread:
     def _parents(self, path: bytes) -> None:
         if path not in self.room:
             self._parents(os.path.dirname(path))
-            self._dir(path, Dir(), 0)
+            self._dir(path, Dir(), self.salt)
 
     def _dir(self, path: bytes, entry: Dir, number: int) -> None:
         assert path not in self.room or not path, f"{path!r} must stand before its entries in the tree"
@@ -362,13 +364,16 @@ class _Spread:
             return
         self.room[path] = (low, high)
         for layer in range(low, high + 1):
+            # In many layers, but not all of thirty: making and removing them would be most of a test's time.
+            if low < layer < high - 1 and (layer + number) % 5 and high > 5:
+                continue
             # Only the top one's attributes may show.
             self.layers[layer].make(at, entry if layer == high else Dir(mode=0o700, mtime_ns=OLD_NS - 10**9))
         if form == 2:
             mark = high - 1
             full = self.layers[mark].abs(at)
             os.setxattr(full, self.prefix + "opaque", b"y")
-            for layer in range(low, mark):
+            for layer in range(low, mark, 4):
                 self.layers[layer].make(os.path.join(at, b"junk-below-opaque"), File(data=b"junk"))
             self.room[path] = (mark, high)
         elif high > low:

@@ -1,0 +1,2 @@
+"""Conformance: what POSIX and Linux promise of a directory, asked of a plain one, kernel overlayfs and
+layerfs."""
