@@ -59,8 +59,14 @@ def umount(mountpoint: str, *, lazy: bool) -> None:
             f"{shown(mountpoint)} is not a layerfs mount but {os.fsdecode(entry.fstype)}: use umount",
             errno.EINVAL,
         )
+    owner = entry.super_option(b"user_id")
+    if os.geteuid() != 0 and owner is not None and owner != b"%d" % os.getuid():
+        raise MountError(
+            f"{shown(mountpoint)} was mounted by user {os.fsdecode(owner)}: only they or root may unmount it",
+            errno.EPERM,
+        )
     dead = mounts.is_dead(mountpoint)
-    served = _Served() if dead else _who_serves(mountpoint)
+    served = _Served() if dead else _who_serves(mountpoint, entry.device)
     try:
         # Nobody can do anything in a dead mount any more: what still works in it must not keep it here.
         mounts.detach(entry.target, lazy=lazy or dead)
@@ -77,7 +83,7 @@ def umount(mountpoint: str, *, lazy: bool) -> None:
         ephemeral.sweep()
 
 
-def _who_serves(mountpoint: str) -> _Served:
+def _who_serves(mountpoint: str, device: int) -> _Served:
     served = _Served()
     try:
         info = json.loads(os.getxattr(mountpoint, INFO_ATTRIBUTE))
@@ -85,8 +91,11 @@ def _who_serves(mountpoint: str) -> _Served:
         if info.get("upper") and not info.get("volatile"):
             served.upper = str(info["upper"])
     except (OSError, ValueError, KeyError, TypeError):
-        return served  # not ours to ask: root unmounts for somebody else's namespace, say
-    if _serves_fuse(served.pid):
+        pass  # root may not look into a user's mount, but may end it
+    # A number from another pid namespace may mean anybody here: it must hold the mount's connection.
+    if not mounts.serves(served.pid, device):
+        served.pid = mounts.find_daemon(device) or 0
+    if served.pid:
         try:
             served.pidfd = os.pidfd_open(served.pid)
         except OSError:
@@ -99,14 +108,6 @@ def _who_serves(mountpoint: str) -> _Served:
         except OSError:
             pass
     return served
-
-
-def _serves_fuse(pid: int) -> bool:
-    """Whether `pid` is a FUSE daemon: a number from another pid namespace may mean anybody here."""
-    try:
-        return any(os.readlink(f"/proc/{pid}/fd/{fd}") == "/dev/fuse" for fd in os.listdir(f"/proc/{pid}/fd"))
-    except OSError:
-        return False
 
 
 def _wait_until_gone(served: _Served, device: int, *, lazy: bool) -> None:

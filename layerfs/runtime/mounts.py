@@ -76,9 +76,13 @@ def mount_at(path: str) -> MountEntry | None:
 
 
 def is_dead(path: str) -> bool:
-    """Whether the file system at `path` has lost its daemon."""
+    """Whether the file system at `path` has lost its daemon.
+
+    Asked by statfs(2): the kernel would answer stat(2) from what it remembers of the root for as long as it
+    was told to.
+    """
     try:
-        os.stat(path)
+        os.statvfs(path)
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
@@ -193,3 +197,32 @@ def held_elsewhere(device: int) -> int | None:
         except OSError:
             continue
     return None
+
+
+def serves(pid: int, device: int) -> bool:
+    """Whether process `pid` holds the FUSE connection of the file system `device`. False where we may not
+    look.
+    """
+    directory = f"/proc/{pid}/fd"
+    try:
+        for fd in os.listdir(directory):
+            if os.readlink(f"{directory}/{fd}") != "/dev/fuse":
+                continue
+            with open(f"/proc/{pid}/fdinfo/{fd}", "rb") as file:
+                said = [line.split()[1] for line in file if line.startswith(b"fuse_connection:")]
+            # Kernels that do not tell the connection's number (it is the device's minor) are believed on
+            # sight.
+            if not said or int(said[0]) == os.minor(device):
+                return True
+    except OSError:
+        pass
+    return False
+
+
+def find_daemon(device: int) -> int | None:
+    """The process that serves `device`, by looking at all that we may look at; for mounts that do not tell
+    it.
+
+    None also on kernels that do not tell which connection a descriptor of /dev/fuse belongs to."""
+    found = [int(name) for name in os.listdir("/proc") if name.isdigit() and serves(int(name), device)]
+    return found[0] if len(found) == 1 else None
