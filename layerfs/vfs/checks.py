@@ -221,7 +221,7 @@ def _check_free(upper_path: str, upper: int, work_path: str, work: int) -> None:
         lock = -1  # no mount was here yet, or it is not ours to read: then taking the lock says so
     try:
         for fd, what, path in ((lock, "work", work_path), (upper, "upper", upper_path)):
-            if fd >= 0 and _is_locked(fd):
+            if fd >= 0 and is_locked(fd):
                 raise BusyError(
                     f"{what} directory {shown(path)} is in use by another layerfs mount; unmount that first"
                 )
@@ -241,7 +241,8 @@ def _check_free(upper_path: str, upper: int, work_path: str, work: int) -> None:
                 )
 
 
-def _is_locked(fd: int) -> bool:
+def is_locked(fd: int) -> bool:
+    """Whether a live mount holds its lock (flock) on what `fd` is."""
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         fcntl.flock(fd, fcntl.LOCK_UN)
