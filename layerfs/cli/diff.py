@@ -1,0 +1,68 @@
+"""`layerfs diff`: lists what an upper directory changes. Finding it is `layerfs.oci.changes`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import click
+
+from layerfs.cli import talk
+from layerfs.control import mounts
+from layerfs.oci.changes import Change, ChangeFinder, ChangeKind
+from layerfs.oci.member import Kind, display
+
+_SHOWN = (ChangeKind.ADDED, ChangeKind.CHANGED, ChangeKind.DELETED)
+_TYPES = {
+    Kind.FILE: "file",
+    Kind.HARDLINK: "hardlink",
+    Kind.SYMLINK: "symlink",
+    Kind.CHAR: "char",
+    Kind.BLOCK: "block",
+    Kind.DIR: "dir",
+    Kind.FIFO: "fifo",
+}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--upper", metavar="DIR", help="The upper directory, when it is not mounted.")
+@click.option(
+    "--lower", "lowers", multiple=True, metavar="DIR", help="A lower layer, top first; may be repeated."
+)
+@click.option(
+    "--userxattr/--no-userxattr",
+    default=None,
+    help="The upper's marks are user.* or trusted.* attributes. [default: found out]",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON array of {kind, path, type}.")
+@click.argument("mountpoint", required=False)
+def command(
+    upper: str | None, lowers: tuple[str, ...], userxattr: bool | None, as_json: bool, mountpoint: str | None
+) -> int:
+    """Show what changed in the mount on MOUNTPOINT, or in --upper over --lower.
+
+    One line for each name: A added, C changed (content or metadata), D deleted. Control characters and
+    backslashes in names are escaped; --json has them as they are.
+    """
+    stack = mounts.open_layers(mountpoint, upper, lowers, userxattr)
+    notes: list[str] = []
+    found = [change for change in ChangeFinder(stack, notes) if change.kind in _SHOWN]
+    found.sort(key=lambda change: change.path.split(b"/"))
+    if as_json:
+        json.dump([_as_json(change) for change in found], sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    else:
+        for change in found:
+            sys.stdout.write(f"{change.kind.value} /{display(change.path)}\n")
+    for note in notes:
+        talk.note("layerfs diff", note)
+    return 0
+
+
+def _as_json(change: Change) -> dict[str, str]:
+    """A name's undecodable bytes are surrogate escapes, which JSON writes as \\udcNN."""
+    shown = {"kind": change.kind.value, "path": "/" + os.fsdecode(change.path)}
+    if change.member is not None:
+        shown["type"] = _TYPES[change.member.kind]
+    return shown

@@ -1,0 +1,1 @@
+"""Asks running mounts about themselves. Starts and ends none (that is `layerfs.runtime`)."""

@@ -1,0 +1,146 @@
+"""What a live mount says of itself, and the layers that a command is to work on. Changes nothing.
+
+A mounted layerfs answers getxattr on its root for virtual names, to root and to the mount's owner:
+
+    layerfs.mount     JSON: pid, version, upper, work (null without), lowers (a number), volatile, prefix
+    layerfs.lower.N   path of lower N, counted from the top
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from layerfs.errors import MountError, UsageError
+from layerfs.fdutil import syncfs
+from layerfs.overlay.names import TRUSTED, USER, XattrNames
+from layerfs.stack import Stack
+
+INFO_ATTRIBUTE = "layerfs.mount"
+LOWER_ATTRIBUTE = "layerfs.lower.%d"
+
+
+@dataclass(frozen=True, slots=True)
+class MountInfo:
+    """A live mount. Paths are absolute, undecodable bytes as surrogate escapes."""
+
+    pid: int
+    version: str
+    #: top first
+    lowers: tuple[str, ...]
+    upper: str | None
+    work: str | None
+    volatile: bool
+    #: `trusted.overlay.` or `user.overlay.`; None when the mount does not tell
+    prefix: str | None
+
+
+def describe(mountpoint: str) -> MountInfo:
+    """What the mount on `mountpoint` says of itself. Raises MountError when it is no layerfs, dead, or not
+    ours to ask."""
+    try:
+        said = json.loads(os.getxattr(mountpoint, INFO_ATTRIBUTE))
+        count = int(said["lowers"])
+        lowers = tuple(
+            os.fsdecode(os.getxattr(mountpoint, LOWER_ATTRIBUTE % number)) for number in range(count)
+        )
+        return MountInfo(
+            int(said["pid"]),
+            str(said.get("version", "")),
+            lowers,
+            said.get("upper"),
+            said.get("work"),
+            bool(said.get("volatile")),
+            said.get("prefix"),
+        )
+    except OSError as error:
+        reason = {
+            errno.ENODATA: "is not the root of a layerfs mount",
+            errno.EOPNOTSUPP: "is not the root of a layerfs mount",
+            errno.EPERM: "was mounted by somebody else: only they or root may ask",
+            errno.EACCES: "was mounted by somebody else: only they or root may ask",
+            errno.ENOTCONN: "is a dead mount: its daemon has gone; use --upper and --lower",
+            errno.ENOENT: "no such directory",
+        }.get(error.errno or 0, error.strerror)
+        raise MountError(f"{_shown(mountpoint)}: {reason}", error.errno) from None
+    except (ValueError, KeyError, TypeError):
+        raise MountError(
+            f"{_shown(mountpoint)}: does not answer as a layerfs mount does", errno.EPROTO
+        ) from None
+
+
+def sync(mountpoint: str, info: MountInfo) -> None:
+    """Brings a mount's upper up to date: what the kernel still holds back for the mount, then the upper's own
+    file system.
+
+    syncfs(2) sends a FUSE daemon nothing but the pages; so the upper is synced here, unless the mount is
+    volatile."""
+    for path, wanted in ((mountpoint, True), (info.upper, not info.volatile)):
+        if path is None or not wanted:
+            continue
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                syncfs(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise MountError(f"{_shown(path)}: cannot be synced: {error.strerror}", error.errno) from None
+
+
+def open_layers(
+    mountpoint: str | None, upper: str | None, lowers: Sequence[str], userxattr: bool | None = None
+) -> Stack:
+    """The layers of the mount on `mountpoint` (synced), or those that are named, opened.
+
+    `userxattr`: which xattrs the upper's marks are in, None: found out. Raises UsageError when not exactly
+    one of the two ways is taken, MountError, LayerError."""
+    if mountpoint is not None:
+        if upper is not None or lowers:
+            raise UsageError("give either MOUNTPOINT or --upper and --lower, not both")
+        info = describe(mountpoint)
+        if info.upper is None:
+            raise MountError(
+                f"{_shown(mountpoint)}: is mounted read-only, without an upper: nothing can have changed"
+            )
+        sync(mountpoint, info)
+        prefix = info.prefix or _guess_prefix(info.upper)
+        stack = Stack(info.lowers, info.upper, XattrNames(prefix))
+        _refuse_covered(mountpoint, stack)
+        return stack
+    if upper is None or not lowers:
+        raise UsageError("give MOUNTPOINT, or --upper and at least one --lower")
+    prefix = _guess_prefix(upper) if userxattr is None else USER if userxattr else TRUSTED
+    return Stack(lowers, upper, XattrNames(prefix))
+
+
+def _guess_prefix(upper: str) -> str:
+    """An ordinary user cannot even see `trusted.`; root takes it, unless only the other one is on the upper's
+    root."""
+    if os.geteuid() != 0:
+        return USER
+    present: list[str] = []
+    with contextlib.suppress(OSError):
+        present = os.listxattr(upper)
+    kinds = {prefix for prefix in (TRUSTED, USER) for name in present if name.startswith(prefix)}
+    return USER if kinds == {USER} else TRUSTED
+
+
+def _refuse_covered(mountpoint: str, stack: Stack) -> None:
+    """A mount may lie on one of its own layers; by its path we would then see the merged tree and not the
+    layer."""
+    device = os.stat(mountpoint).st_dev
+    for layer in (*stack.lowers, stack.upper):
+        if layer is not None and os.fstat(layer.fd.fd).st_dev == device:
+            where = _shown(layer.path)
+            raise MountError(
+                f"{where}: is covered by the mount itself; unmount it and use --upper and --lower"
+            )
+
+
+def _shown(path: str) -> str:
+    return path if path.isprintable() else repr(path)

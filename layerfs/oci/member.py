@@ -1,0 +1,144 @@
+"""One entry of a layer tarball as a plain value, and the rules for its names. Reads no file and writes none.
+
+Source: OCI image-spec layer.md; POSIX pax.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from layerfs.errors import TarError, UsageError
+from layerfs.overlay import whiteout
+
+#: Longest path the kernel takes in one call (PATH_MAX without its NUL), and longest single name (NAME_MAX).
+MAX_PATH = 4095
+MAX_NAME = 255
+
+
+class Kind(enum.Enum):
+    """Type of a member; the value is its typeflag in the tar header."""
+
+    FILE = b"0"
+    HARDLINK = b"1"
+    SYMLINK = b"2"
+    CHAR = b"3"
+    BLOCK = b"4"
+    DIR = b"5"
+    FIFO = b"6"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An entry of a layer.
+
+    `name` is relative to the layer's root and plain (`a/b`: no `.`, `..`, leading or trailing slash); b"" is
+    the root itself. `target` is where a symlink points (any bytes) or which earlier name a hard link joins
+    (plain, like `name`). `mode` holds the twelve permission bits only, `size` is 0 for all but files. Names
+    of xattrs are `str` as `os.listxattr` gives them."""
+
+    name: bytes
+    kind: Kind
+    mode: int = 0o644
+    uid: int = 0
+    gid: int = 0
+    mtime_ns: int = 0
+    size: int = 0
+    target: bytes = b""
+    rdev: tuple[int, int] = (0, 0)
+    xattrs: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def display(name: bytes) -> str:
+    """`name` for a message or a listing: one line, control characters and backslashes escaped, undecodable
+    bytes as `\\xNN`."""
+    text = name.decode("utf-8", "backslashreplace") if b"\\" not in name else None
+    if text is not None and text.isprintable():
+        return text
+    out = []
+    for char in os.fsdecode(name):
+        code = ord(char)
+        if char == "\\":
+            out.append("\\\\")
+        elif 0xDC80 <= code <= 0xDCFF:
+            out.append(f"\\x{code - 0xDC00:02x}")
+        elif char.isprintable():
+            out.append(char)
+        else:
+            out.append(
+                {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(char) or char.encode("unicode_escape").decode()
+            )
+    return "".join(out)
+
+
+def join(directory: bytes, name: bytes) -> bytes:
+    return directory + b"/" + name if directory else name
+
+
+def split(path: bytes) -> tuple[bytes, bytes]:
+    """(directory, last name) of a plain path; (b"", b"") for the root."""
+    directory, _, name = path.rpartition(b"/")
+    return directory, name
+
+
+def plain_path(raw: bytes, what: str = "member") -> bytes:
+    """The plain form of a name as a tar holds it (`./a//b/` is `a/b`; `.` and `/` are the root).
+
+    Raises TarError for a name that is absolute, has a `..`, is empty, holds a NUL or is longer than a path
+    may be: nothing that would have to be interpreted is let in (DESIGN 6, "no name, link or whiteout may
+    reach outside the layer")."""
+    if not raw:
+        raise TarError(f"a {what} has no name")
+    if b"\0" in raw:
+        raise TarError(f"{what} {display(raw)}: its name holds a NUL")
+    parts = [part for part in raw.split(b"/") if part not in (b"", b".")]
+    if raw.startswith(b"/") and parts:
+        raise TarError(f"{what} {display(raw)}: its name is absolute")
+    if b".." in parts:
+        raise TarError(f"{what} {display(raw)}: its name has a '..'")
+    path = b"/".join(parts)
+    if len(path) > MAX_PATH or any(len(part) > MAX_NAME for part in parts):
+        raise TarError(f"{what} {display(path[:60])}...: its name is too long")
+    return path
+
+
+class Mark(enum.Enum):
+    """What a name in a layer tarball stands for (image-spec layer.md, "Whiteouts")."""
+
+    ENTRY = enum.auto()
+    WHITEOUT = enum.auto()
+    OPAQUE = enum.auto()
+    #: Book-keeping of AUFS (`.wh..wh.plnk`, `.wh..wh.orph`, …): neither an entry nor a whiteout.
+    AUFS = enum.auto()
+
+
+def classify(name: bytes) -> tuple[Mark, bytes]:
+    """What the last component `name` of a member is, and the name that it hides when it is a whiteout.
+
+    Raises TarError for a bare `.wh.` and for whiteouts of `.` and `..`."""
+    if not name.startswith(whiteout.PREFIX):
+        return Mark.ENTRY, name
+    if name == whiteout.OPAQUE_NAME:
+        return Mark.OPAQUE, b""
+    hidden = name[len(whiteout.PREFIX) :]
+    if hidden in (b"", b".", b".."):
+        raise TarError(f"member {display(name)}: a whiteout of nothing that can be named")
+    if hidden.startswith(whiteout.PREFIX):
+        return Mark.AUFS, name
+    return Mark.WHITEOUT, hidden
+
+
+def made_up_time() -> int:
+    """Seconds since the epoch for a time that no file has (a whiteout's): `SOURCE_DATE_EPOCH`, else 0, so
+    that bytes do not depend on the day.
+
+    Source: https://reproducible-builds.org/specs/source-date-epoch/. Raises UsageError when it is no
+    number."""
+    text = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if not text:
+        return 0
+    if not text.isascii() or not text.isdigit() or len(text) > 12:
+        raise UsageError(f"SOURCE_DATE_EPOCH={text!r} is not a number of seconds: unset it or give one")
+    return int(text)

@@ -1,0 +1,297 @@
+"""Reads layer tarballs, which are hostile until proved otherwise: yields checked `Member`s and their data.
+Writes nothing anywhere.
+
+Understands ustar, pax, GNU long names, base-256 numbers and old V7 headers; a global pax header is passed
+over, as Go's archive/tar does. Refused with TarError: a damaged or cut archive, names that would leave the
+root (`member.plain_path`), sparse and multi-volume members, numbers out of range, and headers that would have
+to be held in memory beyond `MAX_HEADERS`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Iterator
+
+from layerfs.errors import TarError
+from layerfs.oci.member import Kind, Member, display, plain_path
+from layerfs.oci.streams import LayerSource
+from layerfs.oci.tarwriter import BLOCK, XATTR_KEY, xattr_name
+
+#: Bytes of extended headers for one member. The kernel lets an inode carry a list of 64 KiB of xattr names
+#: and 64 KiB a value.
+MAX_HEADERS = 8 << 20
+#: Largest file a member may claim: the most that ext4 can hold. More is a lie that ends in a full disk.
+MAX_FILE = 16 << 40
+MAX_ID = 0xFFFFFFFE
+#: An archive may be padded (GNU tar: to 10 KiB; tapes: more); a stream that goes on for longer than this is
+#: not padding.
+MAX_PADDING = 16 << 20
+_MAX_SECONDS = 1 << 40
+
+_HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s6s2s32s32s8s8s155s12x")
+_ZERO = bytes(BLOCK)
+_TIME = re.compile(rb"(-?)([0-9]{1,13})(?:\.([0-9]*))?")
+_KINDS = {
+    b"0": Kind.FILE,
+    b"\0": Kind.FILE,
+    b"7": Kind.FILE,
+    b"1": Kind.HARDLINK,
+    b"2": Kind.SYMLINK,
+    b"3": Kind.CHAR,
+    b"4": Kind.BLOCK,
+    b"5": Kind.DIR,
+    b"6": Kind.FIFO,
+}
+_REFUSED = {
+    b"S": "a GNU sparse file: write the archive without --sparse",
+    b"M": "a piece of a multi-volume archive",
+    b"D": "a GNU dump directory: write the archive without --incremental",
+    b"N": "an old GNU long name",
+    b"V": "a volume label: write the archive without --label",
+}
+
+
+def _text(raw: bytes) -> bytes:
+    return raw.partition(b"\0")[0]
+
+
+def _number(raw: bytes, what: str) -> int:
+    if raw[0] & 0x80:
+        # GNU base-256, big-endian; 0xff at the front: a negative number.
+        value = int.from_bytes(raw, "big")
+        return value - (1 << 8 * len(raw)) if raw[0] == 0xFF else value - (0x80 << 8 * (len(raw) - 1))
+    digits = _text(raw).strip(b" ")
+    if not digits:
+        return 0
+    if not re.fullmatch(rb"[0-7]+", digits):
+        raise TarError(f"the layer is damaged: a header's {what} is no number")
+    return int(digits, 8)
+
+
+def _decimal(value: bytes, key: bytes) -> int:
+    if not re.fullmatch(rb"[0-9]{1,20}", value):
+        raise TarError(f"the layer is damaged: pax {display(key)}={display(value[:40])} is no number")
+    return int(value)
+
+
+def parse_time(value: bytes) -> int:
+    """Nanoseconds of a pax time; digits beyond nine are cut off. Raises TarError. Inverse of
+    `tarwriter.format_time`."""
+    match = _TIME.fullmatch(value)
+    if match is None:
+        raise TarError(f"the layer is damaged: pax mtime={display(value[:40])} is no time")
+    nanoseconds = int(match[2]) * 1_000_000_000 + int((match[3] or b"0")[:9].ljust(9, b"0"))
+    return -nanoseconds if match[1] else nanoseconds
+
+
+def parse_records(body: bytes) -> dict[bytes, bytes]:
+    """Pax records (`LENGTH KEY=VALUE\\n`). A key given twice: the last one counts (POSIX). Raises
+    TarError."""
+    records: dict[bytes, bytes] = {}
+    at = 0
+    while at < len(body):
+        space = body.find(b" ", at, at + 10)
+        digits = body[at:space] if space > 0 else b""
+        end = at + int(digits) if re.fullmatch(rb"[0-9]+", digits) else 0
+        equals = body.find(b"=", space, end)
+        if end <= space or end > len(body) or equals <= space + 1 or body[end - 1] != 0x0A:
+            raise TarError("the layer is damaged: a pax header has a malformed record")
+        records[body[space + 1 : equals]] = body[equals + 1 : end - 1]
+        at = end
+    return records
+
+
+class TarReader:
+    """The members of one archive, in order. The data of a member is there until the next one is asked for.
+
+    `notes` gathers what was passed over, one line each."""
+
+    def __init__(self, source: LayerSource, notes: list[str] | None = None) -> None:
+        self._source = source
+        self.notes: list[str] = notes if notes is not None else []
+        self._left = 0
+        self._padding = 0
+        self._name = b""
+
+    def __iter__(self) -> Iterator[Member]:
+        while True:
+            self._pass_over()
+            member = self._next()
+            if member is None:
+                self._finish()
+                return
+            self._left = member.size
+            self._padding = -member.size % BLOCK
+            self._name = member.name
+            yield member
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes of the current member's data, b"" at its end. Raises TarError when the archive
+        ends before."""
+        want = min(size, self._left)
+        data = self._source.read(want)
+        self._left -= len(data)
+        if len(data) < want:
+            raise self._truncated()
+        return data
+
+    def _truncated(self) -> TarError:
+        where = f"in the data of {display(self._name)}" if self._name else "in a header"
+        return TarError(f"the layer is truncated: it ends {where}")
+
+    def _pass_over(self) -> None:
+        if not self._source.skip(self._left + self._padding):
+            raise self._truncated()
+        self._left = self._padding = 0
+        self._name = b""
+
+    def _block(self) -> bytes:
+        block = self._source.read(BLOCK)
+        if not block:
+            # Only the end mark tells a whole archive from one cut between two members; every writer in use
+            # writes it.
+            raise TarError("the layer is truncated: its end mark is missing")
+        if len(block) < BLOCK:
+            raise self._truncated()
+        return block
+
+    def _next(self) -> Member | None:
+        records: dict[bytes, bytes] | None = None
+        long_name: bytes | None = None
+        long_link: bytes | None = None
+        used = 0
+        while True:
+            block = self._block()
+            if block == _ZERO:
+                if records is not None or long_name is not None or long_link is not None:
+                    raise TarError("the layer is damaged: an extended header is followed by no member")
+                return None
+            kind = block[156:157]
+            self._checksum(block)
+            if kind not in b"xgLKX":
+                return self._member(block, records or {}, long_name, long_link)
+            size = _number(block[124:136], "size")
+            used += BLOCK + size
+            if size < 0 or used > MAX_HEADERS:
+                raise TarError(
+                    f"the layer is refused: an extended header of more than {MAX_HEADERS >> 20} MiB"
+                )
+            body = self._source.read(size)
+            if len(body) < size or not self._source.skip(-size % BLOCK):
+                raise self._truncated()
+            if kind == b"g":
+                if any(key != b"comment" for key in parse_records(body)):
+                    self.notes.append("a global pax header was ignored")
+            elif kind in b"xX":
+                if records is not None:
+                    raise TarError("the layer is damaged: two pax headers for one member")
+                records = parse_records(body)
+            elif kind == b"L":
+                long_name = _text(body)
+            else:
+                long_link = _text(body)
+
+    @staticmethod
+    def _checksum(block: bytes) -> None:
+        told = _number(block[148:156], "checksum")
+        total = sum(block) - sum(block[148:156]) + 8 * 0x20
+        # Some old writers summed signed bytes.
+        if told != total and told != total - 256 * sum(byte >= 0x80 for byte in block[:148] + block[156:]):
+            raise TarError("the layer is damaged or no tar archive: a header's checksum is wrong")
+
+    def _member(
+        self,
+        block: bytes,
+        records: dict[bytes, bytes],
+        long_name: bytes | None,
+        long_link: bytes | None,
+    ) -> Member:
+        (raw_name, raw_mode, raw_uid, raw_gid, raw_size, raw_mtime, _, flag, raw_link, magic, _, _, _) = (
+            _HEADER.unpack(block)[:13]
+        )
+        raw_major, raw_minor, raw_prefix = _HEADER.unpack(block)[13:]
+        name = _text(raw_name)
+        if magic == b"ustar\0" and raw_prefix[0]:
+            name = _text(raw_prefix) + b"/" + name
+        name = records.get(b"path") or long_name or name
+        link = records.get(b"linkpath") or long_link or _text(raw_link)
+        if flag in _REFUSED:
+            raise TarError(f"member {display(name)} is {_REFUSED[flag]}")
+        kind = _KINDS.get(flag)
+        if kind is None:
+            raise TarError(f"member {display(name)} is of a type that layers do not have ({flag!r})")
+        if any(key.startswith(b"GNU.sparse.") for key in records):
+            raise TarError(f"member {display(name)} is {_REFUSED[b'S']}")
+        if kind is Kind.FILE and name.endswith(b"/"):
+            kind = Kind.DIR  # how V7 marked directories
+        path = plain_path(name)
+        if not path and kind is not Kind.DIR:
+            raise TarError(f"member {display(name)}: the root of a layer is a directory")
+
+        size = _decimal(records[b"size"], b"size") if b"size" in records else _number(raw_size, "size")
+        uid = _decimal(records[b"uid"], b"uid") if b"uid" in records else _number(raw_uid, "uid")
+        gid = _decimal(records[b"gid"], b"gid") if b"gid" in records else _number(raw_gid, "gid")
+        if b"mtime" in records:
+            mtime_ns = parse_time(records[b"mtime"])
+        else:
+            mtime_ns = _number(raw_mtime, "mtime") * 1_000_000_000
+        if kind is not Kind.FILE:
+            size = 0  # some writers repeat the size of what a hard link joins; no data follow
+        if not 0 <= size <= MAX_FILE:
+            raise TarError(f"member {display(path)} claims {size} bytes: more than any file may have")
+        if not 0 <= uid <= MAX_ID or not 0 <= gid <= MAX_ID:
+            raise TarError(f"member {display(path)} has an owner that does not exist ({uid}:{gid})")
+        if abs(mtime_ns) > _MAX_SECONDS * 1_000_000_000:
+            raise TarError(f"member {display(path)} has an impossible time")
+        rdev = (0, 0)
+        if kind in (Kind.CHAR, Kind.BLOCK):
+            rdev = (_number(raw_major, "device number"), _number(raw_minor, "device number"))
+            if not (0 <= rdev[0] < 1 << 12 and 0 <= rdev[1] < 1 << 20):
+                raise TarError(f"member {display(path)} has an impossible device number")
+        target = b""
+        if kind is Kind.HARDLINK:
+            target = plain_path(link, f"hard link {display(path)} to")
+            if not target or target == path:
+                raise TarError(f"member {display(path)} is a hard link to itself or to the root")
+        elif kind is Kind.SYMLINK:
+            target = link
+            if not target or b"\0" in target or len(target) > 4095:
+                raise TarError(f"member {display(path)} is a symbolic link to nothing that can be named")
+        return Member(
+            path,
+            kind,
+            _number(raw_mode, "mode") & 0o7777,
+            uid,
+            gid,
+            mtime_ns,
+            size,
+            target,
+            rdev,
+            self._xattrs(path, records),
+        )
+
+    @staticmethod
+    def _xattrs(path: bytes, records: dict[bytes, bytes]) -> dict[str, bytes]:
+        found = {}
+        for key, value in records.items():
+            if key.startswith(XATTR_KEY):
+                name = xattr_name(key[len(XATTR_KEY) :])
+                if not name or b"\0" in name or len(name) > 255 or len(value) > 65536:
+                    raise TarError(f"member {display(path)} has an impossible extended attribute")
+                found[os.fsdecode(name)] = value
+        return found
+
+    def _finish(self) -> None:
+        """Reads what stands behind the end mark, so that a compressed stream's own checksum is verified;
+        there is nothing of use in it."""
+        left = MAX_PADDING
+        noted = False
+        while data := self._source.read(BLOCK * 128):
+            left -= len(data)
+            if left < 0:
+                raise TarError(f"the layer is refused: more than {MAX_PADDING >> 20} MiB behind its end mark")
+            if not noted and data.strip(b"\0"):
+                self.notes.append("data behind the end mark were ignored")
+                noted = True

@@ -1,0 +1,181 @@
+"""Writes layer tarballs: POSIX pax, the same bytes for the same members. Does not choose members nor their
+order (`commit` does).
+
+Layout of a member: a pax header (typeflag x) when something does not fit, the ustar header, the data padded
+to 512 bytes. The archive ends with two zero blocks and no further padding. What goes into pax records:
+
+    path, linkpath         longer than 100 bytes, or not ASCII (raw bytes: names have no encoding here)
+    size, uid, gid         beyond what the octal fields hold
+    mtime                  when negative, beyond the field, or not a whole second
+    SCHILY.xattr.NAME      every xattr, its value raw (the form Go's archive/tar, GNU tar and libarchive
+    share)
+
+Owners have no names, only numbers; sparse files are written plainly.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+
+from layerfs.errors import LayerError
+from layerfs.oci.member import Kind, Member, display, split
+
+BLOCK = 512
+XATTR_KEY = b"SCHILY.xattr."
+_HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s6s2s32s32s8s8s155s12x")
+_MAX_8 = 0o7777777
+_MAX_12 = 0o77777777777
+_READ = 1 << 20
+
+
+def xattr_keyword(name: bytes) -> bytes:
+    """An xattr's name as a pax keyword, which cannot hold `=`: GNU tar's escape (`%3D`, `%25`), used only
+    where a name needs it.
+
+    Law: `xattr_name(xattr_keyword(n)) == n` for every n."""
+    if b"=" not in name and xattr_name(name) == name:
+        return name
+    return name.replace(b"%", b"%25").replace(b"=", b"%3D")
+
+
+def xattr_name(keyword: bytes) -> bytes:
+    """Inverse of `xattr_keyword`."""
+    return keyword.replace(b"%3D", b"=").replace(b"%25", b"%") if b"%" in keyword else keyword
+
+
+def format_time(mtime_ns: int) -> bytes:
+    """Decimal seconds, with as many digits after the point as needed: 1500000000 -> 1.5, -1 ->
+    -0.000000001."""
+    seconds, nanoseconds = divmod(abs(mtime_ns), 1_000_000_000)
+    text = b"%s%d" % (b"-" if mtime_ns < 0 else b"", seconds)
+    return text + (b".%09d" % nanoseconds).rstrip(b"0") if nanoseconds else text
+
+
+def _record(key: bytes, value: bytes) -> bytes:
+    # The length counts its own digits: it may grow by one when adding them crosses a power of ten.
+    rest = len(key) + len(value) + 3
+    length = rest + len(str(rest))
+    if len(str(length)) > len(str(rest)):
+        length += 1
+    return b"%d %b=%b\n" % (length, key, value)
+
+
+def _ustar(
+    name: bytes,
+    kind: bytes,
+    mode: int,
+    uid: int,
+    gid: int,
+    size: int,
+    mtime: int,
+    link: bytes,
+    rdev: tuple[int, int],
+) -> bytes:
+    fields = [
+        name,
+        b"%07o" % mode,
+        b"%07o" % uid,
+        b"%07o" % gid,
+        b"%011o" % size,
+        b"%011o" % mtime,
+        b" " * 8,
+        kind,
+        link,
+        b"ustar",
+        b"00",
+        b"",
+        b"",
+        b"%07o" % rdev[0],
+        b"%07o" % rdev[1],
+        b"",
+    ]
+    fields[6] = b"%06o\0 " % sum(_HEADER.pack(*fields))
+    return _HEADER.pack(*fields)
+
+
+def _short(name: bytes, records: dict[bytes, bytes], key: bytes) -> bytes:
+    """The header's form of a name; the full one goes to `records` when it does not fit."""
+    if len(name) <= 100 and name.isascii():
+        return name
+    records[key] = name
+    return bytes(byte if byte < 0x80 else 0x5F for byte in name[:100])
+
+
+def _number(value: int, limit: int, records: dict[bytes, bytes], key: bytes) -> int:
+    if 0 <= value <= limit:
+        return value
+    records[key] = b"%d" % value
+    return 0
+
+
+def encode_header(member: Member) -> bytes:
+    """All header blocks of `member`: a pure function of it."""
+    records: dict[bytes, bytes] = {}
+    name = member.name
+    if member.kind is Kind.DIR:
+        name = name + b"/" if name else b"./"
+    link = member.target if member.kind in (Kind.SYMLINK, Kind.HARDLINK) else b""
+    size = member.size if member.kind is Kind.FILE else 0
+    rdev = member.rdev if member.kind in (Kind.CHAR, Kind.BLOCK) else (0, 0)
+    short = _short(name, records, b"path")
+    short_link = _short(link, records, b"linkpath")
+    uid = _number(member.uid, _MAX_8, records, b"uid")
+    gid = _number(member.gid, _MAX_8, records, b"gid")
+    short_size = _number(size, _MAX_12, records, b"size")
+    seconds, rest = divmod(member.mtime_ns, 1_000_000_000)
+    if rest or not 0 <= seconds <= _MAX_12:
+        records[b"mtime"] = format_time(member.mtime_ns)
+    seconds = min(max(seconds, 0), _MAX_12)
+    for attribute, value in member.xattrs.items():
+        records[XATTR_KEY + xattr_keyword(os.fsencode(attribute))] = value
+    header = _ustar(
+        short, member.kind.value, member.mode & 0o7777, uid, gid, short_size, seconds, short_link, rdev
+    )
+    if not records:
+        return header
+    body = b"".join(_record(key, records[key]) for key in sorted(records))
+    last = split(member.name)[1] or b"root"
+    pax_name = b"PaxHeaders.0/" + bytes(byte if byte < 0x80 else 0x5F for byte in last[:80])
+    pax = _ustar(pax_name, b"x", 0o644, 0, 0, len(body), seconds, b"", (0, 0))
+    return pax + body + bytes(-len(body) % BLOCK) + header
+
+
+def read_chunks(fd: int, size: int, what: bytes) -> Iterator[bytes]:
+    """The first `size` bytes of an open file. Raises LayerError when it has become shorter (a live mount),
+    OSError as read does."""
+    offset = 0
+    while offset < size:
+        chunk = os.pread(fd, min(_READ, size - offset), offset)
+        if not chunk:
+            raise LayerError(
+                f"{display(what)}: became shorter while it was read; try again when nobody writes to it"
+            )
+        offset += len(chunk)
+        yield chunk
+
+
+class TarWriter:
+    """Writes members to `write`, which takes all bytes it is given. Holds no more than one chunk of data at a
+    time."""
+
+    def __init__(self, write: Callable[[bytes], object]) -> None:
+        self._write = write
+
+    def add(self, member: Member, data: Iterable[bytes] = ()) -> None:
+        """Appends one member. `data` must give exactly `member.size` bytes; AssertionError otherwise (our
+        bug, not the user's)."""
+        self._write(encode_header(member))
+        if member.kind is not Kind.FILE or not member.size:
+            return
+        written = 0
+        for chunk in data:
+            written += len(chunk)
+            self._write(chunk)
+        assert written == member.size, (member.name, written, member.size)
+        if written % BLOCK:
+            self._write(bytes(-written % BLOCK))
+
+    def finish(self) -> None:
+        self._write(bytes(2 * BLOCK))
