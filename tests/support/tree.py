@@ -35,7 +35,9 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One object under one name. Fields with `compare=False` are facts for stricter callers, not part of *equal*."""
+    """One object under one name. Fields with `compare=False` are for stricter callers, not part of
+    *equal*.
+    """
 
     type: str
     mode: int  # permission bits, setuid, setgid and sticky; no type
@@ -60,7 +62,7 @@ Snapshot = dict[bytes, Entry]
 
 
 def snapshot(
-    path: str | bytes,
+    path: str | bytes | os.PathLike[str],
     *,
     content: bool = True,
     holes: bool = False,
@@ -70,8 +72,8 @@ def snapshot(
 ) -> Snapshot:
     """Everything under `path`, by its name relative to it in bytes; the root itself is `b"."`.
 
-    `exclude`: relative names left out with all below them. `hide_xattr`: names of xattrs to leave out. Crosses
-    mount points. Raises OSError as it comes: a tree that cannot be read is a failure.
+    `exclude`: relative names left out with all below them. `hide_xattr`: names of xattrs to leave out.
+    Crosses mount points. Raises OSError as it comes: a tree that cannot be read is a failure.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow_root else os.O_NOFOLLOW)
     found: dict[bytes, Entry] = {}
@@ -220,8 +222,8 @@ def differences(
     """Lines that tell how `b` differs from `a`; none when they are equal.
 
     `ignore`: fields left out. `strict`: fields compared on top (`ino`, `dev`, `ctime_ns`, `dir_nlink`).
-    `recent_ns`: mtimes at or after it count as one and the same "now", for trees on which the same was done at
-    slightly different times.
+    `recent_ns`: mtimes at or after it count as one and the same "now", for trees on which the same was
+    done at slightly different times.
     """
     compared = [f.name for f in fields(Entry) if (f.compare or f.name in strict) and f.name not in ignore]
     lines: list[str] = []
@@ -257,7 +259,9 @@ def assert_equal(
     labels: tuple[str, str] = ("first", "second"),
     message: str = "trees differ",
 ) -> None:
-    """Raises AssertionError with at most 30 lines of difference. The arguments are those of `differences`."""
+    """Raises AssertionError with at most 30 lines of difference. The arguments are those of
+    `differences`.
+    """
     lines = differences(a, b, ignore=ignore, strict=strict, recent_ns=recent_ns, labels=labels)
     if lines:
         more = [f"... and {len(lines) - 30} more"] if len(lines) > 30 else []
@@ -283,10 +287,12 @@ def _show(what: str, value: object) -> str:
 
 
 @contextlib.contextmanager
-def lowers_guard(paths: Iterable[str | bytes], *, content: bool = True, ctime: bool = True) -> Iterator[None]:
-    """Asserts on leaving that these trees are byte for byte as they were on entering: all of *equal*, all xattrs,
-    inode numbers, nlink of directories, and ctime, so that a change that was undone shows too. Only atime may
-    differ.
+def lowers_guard(
+    paths: Iterable[str | bytes | os.PathLike[str]], *, content: bool = True, ctime: bool = True
+) -> Iterator[None]:
+    """Asserts on leaving that these trees are byte for byte as they were on entering: all of *equal*, all
+    xattrs, inode numbers, nlink of directories, and ctime, so that a change that was undone shows too.
+    Only atime may differ.
 
     `content=False` trusts ctime for the bytes (every write moves it), for trees too big to read twice.
     """
