@@ -1,0 +1,46 @@
+"""Descriptor-relative system calls: what Python's `os` lacks, typed and raising OSError. No policy."""
+
+from layerfs.fdutil.copying import Cancelled, copy_data
+from layerfs.fdutil.owned import FdPool, OwnedFd
+from layerfs.fdutil.syscalls import (
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    RENAME_WHITEOUT,
+    RESOLVE_BENEATH,
+    RESOLVE_IN_ROOT,
+    RESOLVE_NO_MAGICLINKS,
+    RESOLVE_NO_SYMLINKS,
+    RESOLVE_NO_XDEV,
+    fs_uuid,
+    name_to_handle,
+    openat2,
+    renameat2,
+    syncfs,
+)
+from layerfs.fdutil.xattrs import at_path, fd_path, lgetxattr, llistxattr, lremovexattr, lsetxattr
+
+__all__ = [
+    "RENAME_EXCHANGE",
+    "RENAME_NOREPLACE",
+    "RENAME_WHITEOUT",
+    "RESOLVE_BENEATH",
+    "RESOLVE_IN_ROOT",
+    "RESOLVE_NO_MAGICLINKS",
+    "RESOLVE_NO_SYMLINKS",
+    "RESOLVE_NO_XDEV",
+    "Cancelled",
+    "FdPool",
+    "OwnedFd",
+    "at_path",
+    "copy_data",
+    "fd_path",
+    "fs_uuid",
+    "lgetxattr",
+    "llistxattr",
+    "lremovexattr",
+    "lsetxattr",
+    "name_to_handle",
+    "openat2",
+    "renameat2",
+    "syncfs",
+]

@@ -1,0 +1,109 @@
+"""System calls that Python's `os` module lacks, through ctypes. Numbers are those of the generic table (same on every 64-bit Linux)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
+
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+
+_NR_OPENAT2 = 437
+_AT_HANDLE_FID = 0x200
+_MAX_HANDLE = 128
+_FS_IOC_GETFSUUID = 0x80111500
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+_libc.syncfs.argtypes = [ctypes.c_int]
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+class _FileHandle(ctypes.Structure):
+    _fields_ = [
+        ("handle_bytes", ctypes.c_uint),
+        ("handle_type", ctypes.c_int),
+        ("f_handle", ctypes.c_ubyte * _MAX_HANDLE),
+    ]
+
+
+_libc.name_to_handle_at.argtypes = [
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.POINTER(_FileHandle),
+    ctypes.POINTER(ctypes.c_int),
+    ctypes.c_int,
+]
+
+
+def _raise(name: bytes | None = None) -> None:
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number), os.fsdecode(name) if name is not None else None)
+
+
+def openat2(dirfd: int, path: bytes, flags: int, mode: int = 0, resolve: int = 0) -> int:
+    """openat2(2). Returns a new close-on-exec descriptor.
+
+    Raises OSError: EXDEV and ELOOP also when `resolve` forbids the way."""
+    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+    while True:
+        fd = _libc.syscall(
+            ctypes.c_long(_NR_OPENAT2),
+            ctypes.c_int(dirfd),
+            ctypes.c_char_p(path),
+            ctypes.byref(how),
+            ctypes.c_size_t(ctypes.sizeof(how)),
+        )
+        if fd >= 0:
+            return int(fd)
+        # EAGAIN: a rename raced with a scoped lookup (openat2(2)); the way may simply be tried again.
+        if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
+            _raise(path)
+
+
+def renameat2(olddir: int, old: bytes, newdir: int, new: bytes, flags: int = 0) -> None:
+    """renameat2(2). Raises OSError (EINVAL also where the file system lacks the flag)."""
+    if _libc.renameat2(olddir, old, newdir, new, flags) != 0:
+        _raise(old)
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2): everything dirty on the file system of `fd`. Raises OSError, ENOSPC and EIO of earlier write-back included."""
+    if _libc.syncfs(fd) != 0:
+        _raise()
+
+
+def name_to_handle(dirfd: int, name: bytes) -> tuple[int, bytes] | None:
+    """File handle (type, bytes) of `name` in `dirfd`, or of `dirfd` itself when `name` is empty; None where the file system has none.
+
+    Needs no privilege (opening a handle would). Symbolic links are not followed."""
+    handle = _FileHandle(handle_bytes=_MAX_HANDLE)
+    mount_id = ctypes.c_int()
+    at_empty_path = 0x1000
+    flags = at_empty_path if not name else 0
+    if _libc.name_to_handle_at(dirfd, name, ctypes.byref(handle), ctypes.byref(mount_id), flags) != 0:
+        return None
+    return handle.handle_type, bytes(handle.f_handle[: handle.handle_bytes])
+
+
+def fs_uuid(fd: int) -> bytes | None:
+    """The 16-byte UUID of the file system that holds `fd` (ioctl FS_IOC_GETFSUUID, Linux 6.9), or None."""
+    buffer = bytearray(17)
+    try:
+        fcntl.ioctl(fd, _FS_IOC_GETFSUUID, buffer)
+    except OSError:
+        return None
+    return bytes(buffer[1:17]) if buffer[0] == 16 else None

@@ -1,0 +1,35 @@
+"""Extended attributes of an object named by (directory descriptor, name), symbolic links included.
+
+The *at() forms of these calls are younger than the kernels we support (6.13), so the way goes through `/proc/self/fd`: the
+directory is reached by its descriptor, only the last component is looked up, and it is never followed.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def at_path(dirfd: int, name: bytes) -> bytes:
+    """A path for calls that take no directory descriptor. The last component may be a symbolic link: use calls that do not follow."""
+    return b"/proc/self/fd/%d/%b" % (dirfd, name)
+
+
+def fd_path(fd: int) -> bytes:
+    """A path to exactly the object of `fd` (O_PATH ones too), whatever its name is now. Calls that follow links end at the object."""
+    return b"/proc/self/fd/%d" % fd
+
+
+def lgetxattr(dirfd: int, name: bytes, attribute: str) -> bytes:
+    return os.getxattr(at_path(dirfd, name), attribute, follow_symlinks=False)
+
+
+def lsetxattr(dirfd: int, name: bytes, attribute: str, value: bytes) -> None:
+    os.setxattr(at_path(dirfd, name), attribute, value, follow_symlinks=False)
+
+
+def llistxattr(dirfd: int, name: bytes) -> list[str]:
+    return os.listxattr(at_path(dirfd, name), follow_symlinks=False)
+
+
+def lremovexattr(dirfd: int, name: bytes, attribute: str) -> None:
+    os.removexattr(at_path(dirfd, name), attribute, follow_symlinks=False)
