@@ -1,0 +1,61 @@
+"""Names of overlay xattrs: which are ours, which a user sees, and under which name a user's own is stored.
+
+Source: Documentation/filesystems/overlayfs.rst, "Nesting overlayfs mounts"; fs/overlayfs/xattrs.c.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+TRUSTED: Final = "trusted.overlay."
+USER: Final = "user.overlay."
+
+#: Marks of fuse-overlayfs and containers/storage: read where DESIGN says so, never shown, never set through a mount.
+FOREIGN: Final = ("user.fuseoverlayfs.", "user.containers.override_stat")
+
+#: Forms in which others mark a directory opaque; honoured in lower layers beside our own.
+FOREIGN_OPAQUE: Final = ("trusted.overlay.opaque", "user.overlay.opaque", "user.fuseoverlayfs.opaque")
+
+
+class XattrNames:
+    """The names under one prefix, `trusted.overlay.` or `user.overlay.` (mount option userxattr)."""
+
+    def __init__(self, prefix: str) -> None:
+        assert prefix in (TRUSTED, USER)
+        self.prefix = prefix
+        self.opaque = prefix + "opaque"
+        self.redirect = prefix + "redirect"
+        self.metacopy = prefix + "metacopy"
+        self.origin = prefix + "origin"
+        self.impure = prefix + "impure"
+        self.nlink = prefix + "nlink"
+        self.whiteout = prefix + "whiteout"
+        self.protattr = prefix + "protattr"
+        #: layerfs's own: the inode number shown, in ASCII. The kernel hides and ignores names under its prefix that it does not know.
+        self.ino = prefix + "layerfs.ino"
+
+    def __repr__(self) -> str:
+        return f"XattrNames({self.prefix!r})"
+
+
+def shown(stored: str) -> str | None:
+    """The name under which a user sees the stored xattr; None when it is hidden.
+
+    One level of escape is taken off: `trusted.overlay.overlay.X` is a user's `trusted.overlay.X`."""
+    for prefix in (TRUSTED, USER):
+        if stored.startswith(prefix):
+            rest = stored[len(prefix) :]
+            return prefix + rest[len("overlay.") :] if rest.startswith("overlay.") else None
+    if stored.startswith(FOREIGN):
+        return None
+    return stored
+
+
+def stored(name: str) -> str | None:
+    """The name under which a user's xattr is kept on disk; None when users may not have it. Inverse of `shown`."""
+    for prefix in (TRUSTED, USER):
+        if name.startswith(prefix):
+            return prefix + "overlay." + name[len(prefix) :]
+    if name.startswith(FOREIGN):
+        return None
+    return name
