@@ -1,0 +1,52 @@
+"""The seam to the native path: what `vfs` publishes, and the gate that does nothing with it.
+
+`vfs` calls these at the places where a fact becomes true or stops being true; the rules are:
+
+* `retract_*` is called *before* the reply to the request that makes the fact false, and returns only when no answer from the
+  old fact is still being built.
+* A fact is published with the generation of its directory at which it was computed; a publish that comes late (the task awaited and
+  somebody retracted meanwhile) must be dropped by the receiver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from layerfs.ids import NodeId
+
+
+class Gate(Protocol):
+    def publish_directory(self, directory: NodeId, generation: int, names: Iterable[bytes]) -> None:
+        """All names of `directory`: whatever is not among them is known to be absent."""
+
+    def retract_name(self, directory: NodeId, name: bytes) -> None:
+        """`name` in `directory` is about to appear, vanish or mean something else."""
+
+    def retract_directory(self, directory: NodeId) -> None:
+        """The listing of `directory` is no longer known."""
+
+    def retract_attributes(self, node: NodeId) -> None:
+        """Attributes, xattrs or the backing file of `node` are about to change."""
+
+    def forget(self, node: NodeId) -> None:
+        """The kernel has forgotten `node`."""
+
+
+class NoGate:
+    """Everything is asked of Python."""
+
+    def publish_directory(self, directory: NodeId, generation: int, names: Iterable[bytes]) -> None:
+        pass
+
+    def retract_name(self, directory: NodeId, name: bytes) -> None:
+        pass
+
+    def retract_directory(self, directory: NodeId) -> None:
+        pass
+
+    def retract_attributes(self, node: NodeId) -> None:
+        pass
+
+    def forget(self, node: NodeId) -> None:
+        pass
