@@ -1,0 +1,324 @@
+"""The upper layer's writer: what it can do here, and making, marking and removing objects in it.
+
+All methods are synchronous and short (a few system calls); the ones that copy data are in `copyup` and say that they block.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from layerfs.errors import MountError
+from layerfs.fdutil import (
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    RENAME_WHITEOUT,
+    OwnedFd,
+    fd_path,
+    fs_uuid,
+    lgetxattr,
+    lsetxattr,
+    name_to_handle,
+    renameat2,
+)
+from layerfs.overlay import origin, redirect, whiteout
+from layerfs.overlay.names import XattrNames
+from layerfs.stack import Layer
+from layerfs.upper import journal
+from layerfs.upper.inode_log import InodeLog
+from layerfs.upper.steps import step
+from layerfs.upper.work import WorkDir, remove_tree
+
+WhiteoutForm = Literal["device", "file"]
+_NO_XATTR = (errno.ENODATA, errno.EOPNOTSUPP)
+
+
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """What the upper's file system lets this process do, tried at start."""
+
+    xattrs: bool
+    whiteouts: WhiteoutForm
+
+
+class Upper:
+    """The writable layer with its work directory, locked."""
+
+    def __init__(self, layer: Layer, work_path: str, names: XattrNames, *, volatile: bool) -> None:
+        """Locks, finishes what a crash left, probes. Raises MountError (BusyError when somebody has it)."""
+        self.layer = layer
+        self.root = layer.fd
+        self.names = names
+        self.volatile = volatile
+        self.work = WorkDir(work_path, layer.fd, layer.path)
+        try:
+            journal.recover(self.work, self.root)
+            self.work.prepare(volatile)
+            self.inode_log = InodeLog(self.work.state)
+            self.ability = self._probe()
+        except OSError as error:
+            raise MountError(f"work directory {work_path}: {error.strerror}", error.errno) from error
+        if not self.ability.xattrs:
+            raise MountError(
+                f"upper {layer.path}: its file system does not take {names.prefix}* xattrs", errno.EOPNOTSUPP
+            )
+        self._whiteout: bytes | None = None
+        self._uuids: dict[int, bytes | None] = {}
+
+    # -- probing ---------------------------------------------------------------------------------------------
+
+    def _probe(self) -> Ability:
+        work = self.work.fd.fd
+        probe = self.work.temporary()
+        os.mkdir(probe, 0o700, dir_fd=work)
+        try:
+            try:
+                lsetxattr(work, probe, self.names.opaque, whiteout.OPAQUE)
+                xattrs = True
+            except OSError:
+                xattrs = False
+            return Ability(xattrs, "device" if self._can_whiteout_device() else "file")
+        finally:
+            os.rmdir(probe, dir_fd=work)
+
+    def _can_whiteout_device(self) -> bool:
+        """mknod of 0/0 (allowed in user namespaces since 5.8) and the rename flags that make it atomic."""
+        work = self.work.fd.fd
+        one, two = self.work.temporary(), self.work.temporary()
+        try:
+            os.mknod(one, stat.S_IFCHR | 0o600, 0, dir_fd=work)
+            renameat2(work, one, work, two, RENAME_WHITEOUT)
+            renameat2(work, one, work, two, RENAME_EXCHANGE)
+            return True
+        except OSError:
+            return False
+        finally:
+            remove_tree(work, one)
+            remove_tree(work, two)
+
+    # -- marks -----------------------------------------------------------------------------------------------
+
+    def _set(self, parent: int, name: bytes, attribute: str, value: bytes) -> None:
+        lsetxattr(parent, name, attribute, value)
+
+    def set_opaque(self, parent: int, name: bytes) -> None:
+        self._set(parent, name, self.names.opaque, whiteout.OPAQUE)
+
+    def set_redirect(self, parent: int, name: bytes, path: bytes) -> None:
+        """`path`: where the content lies in the lowers, from the overlay's root, without a leading slash."""
+        self._set(parent, name, self.names.redirect, redirect.encode(path))
+
+    def set_impure(self, directory: OwnedFd) -> None:
+        """Marks a directory that holds objects with an origin: the kernel, and we, then look for their numbers when listing."""
+        try:
+            os.setxattr(fd_path(directory.fd), self.names.impure, b"y")
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EACCES):
+                raise
+
+    def is_impure(self, directory: OwnedFd) -> bool:
+        try:
+            return os.getxattr(fd_path(directory.fd), self.names.impure) == b"y"
+        except OSError:
+            return False
+
+    def is_metacopy(self, parent: int, name: bytes) -> bool:
+        try:
+            lgetxattr(parent, name, self.names.metacopy)
+        except OSError as error:
+            if error.errno in _NO_XATTR:
+                return False
+            raise
+        return True
+
+    def get_redirect(self, parent: int, name: bytes) -> bytes | None:
+        """Raises OSError(EIO) when it is nonsense."""
+        try:
+            value = lgetxattr(parent, name, self.names.redirect)
+        except OSError as error:
+            if error.errno in _NO_XATTR:
+                return None
+            raise
+        return redirect.decode(value)
+
+    def record_ino(self, parent: int, name: bytes, ino: int) -> None:
+        """Keeps the number that the object `name` in `parent` shows. Raises OSError (ENOSPC)."""
+        try:
+            lsetxattr(parent, name, self.names.ino, b"%d" % ino)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EACCES):
+                raise
+            real = os.stat(name, dir_fd=parent, follow_symlinks=False).st_ino
+            self.inode_log.put(parent, name, real, ino)
+
+    def recorded_ino(self, parent: int, name: bytes, real: int) -> int | None:
+        try:
+            value = lgetxattr(parent, name, self.names.ino)
+        except OSError:
+            return self.inode_log.get(parent, name, real) if self.inode_log else None
+        return int(value) if value.isdigit() and len(value) < 20 else None
+
+    def origin_of(self, parent: int, name: bytes) -> origin.Origin | None:
+        """The origin that a kernel (or we) wrote on an object, for its inode number only."""
+        try:
+            return origin.decode(lgetxattr(parent, name, self.names.origin))
+        except OSError:
+            return None
+
+    def make_origin(self, directory: int, name: bytes) -> bytes:
+        """The origin value for the lower object `name` in `directory`; empty, the kernel's "unknown", where the file system has no handles."""
+        handle = name_to_handle(directory, name)
+        if handle is None:
+            return b""
+        device = (
+            os.stat(name, dir_fd=directory, follow_symlinks=False).st_dev
+            if name
+            else os.fstat(directory).st_dev
+        )
+        if device not in self._uuids:
+            fd = OwnedFd(os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory))
+            self._uuids[device] = fs_uuid(fd.fd)
+        uuid = self._uuids[device]
+        if uuid is None:
+            return b""
+        return origin.encode(origin.Origin(uuid, *handle)) or b""
+
+    # -- whiteouts -------------------------------------------------------------------------------------------
+
+    def _device_whiteout(self) -> bytes:
+        """Name in the work directory of a fresh link to the shared whiteout (the kernel shares one inode too: fewer inodes, faster)."""
+        work = self.work.fd.fd
+        fresh = self.work.temporary()
+        if self._whiteout is not None:
+            try:
+                os.link(self._whiteout, fresh, src_dir_fd=work, dst_dir_fd=work, follow_symlinks=False)
+                return fresh
+            except OSError as error:
+                if error.errno not in (errno.EMLINK, errno.ENOENT):
+                    raise
+                remove_tree(work, self._whiteout)
+                self._whiteout = None
+        shared = self.work.temporary()
+        os.mknod(shared, stat.S_IFCHR, 0, dir_fd=work)
+        self._whiteout = shared
+        os.link(shared, fresh, src_dir_fd=work, dst_dir_fd=work, follow_symlinks=False)
+        return fresh
+
+    def whiteout(self, parent: int, name: bytes, *, present: bool, is_dir: bool) -> None:
+        """Hides `name` of the layers below; what the upper has there (`present`) goes. Atomic. Raises OSError, nothing changed.
+
+        A directory must hold nothing but whiteouts, which `clear` has removed."""
+        if self.ability.whiteouts == "file":
+            self.hide(parent, name)
+            if present:
+                self._remove_behind(parent, name, is_dir)
+            return
+        work = self.work.fd.fd
+        fresh = self._device_whiteout()
+        step("whiteout.made")
+        try:
+            if is_dir and present:
+                renameat2(work, fresh, parent, name, RENAME_EXCHANGE)
+            elif present:
+                os.rename(fresh, name, src_dir_fd=work, dst_dir_fd=parent)
+            else:
+                renameat2(work, fresh, parent, name, RENAME_NOREPLACE)
+        except OSError:
+            remove_tree(work, fresh)
+            raise
+        step("whiteout.placed")
+        if is_dir and present:
+            remove_tree(work, fresh)
+            step("whiteout.removed")
+
+    def hide(self, parent: int, name: bytes) -> None:
+        mark = whiteout.PREFIX + name
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        OwnedFd(os.open(mark, flags, 0o600, dir_fd=parent)).close()
+        step("whiteout.placed")
+
+    def _remove_behind(self, parent: int, name: bytes, is_dir: bool) -> None:
+        """Removes what a `.wh.` file hides already; when it cannot be, the mark goes again, so that nothing changed."""
+        try:
+            if is_dir:
+                os.rmdir(name, dir_fd=parent)
+            else:
+                os.unlink(name, dir_fd=parent)
+        except OSError:
+            os.unlink(whiteout.PREFIX + name, dir_fd=parent)
+            raise
+        step("whiteout.removed")
+
+    def clear(self, parent: int, name: bytes) -> None:
+        """Makes the upper directory `name`, which shows nothing, really empty: opaque first, then its whiteouts go, so that every
+        crash between shows the same. Raises OSError(ENOTEMPTY) when it holds anything else: somebody else put it there."""
+        directory = OwnedFd(
+            os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        )
+        marks: list[bytes] = []
+        for item in os.listdir(directory.fd):
+            child = os.fsencode(item)
+            st = os.stat(child, dir_fd=directory.fd, follow_symlinks=False)
+            if not whiteout.is_whiteout_device(st) and not child.startswith(whiteout.PREFIX):
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+            marks.append(child)
+        if not marks:
+            return
+        os.setxattr(directory.fd, self.names.opaque, whiteout.OPAQUE)
+        for child in marks:
+            os.unlink(child, dir_fd=directory.fd)
+        step("remove.cleared")
+
+    def drop_whiteouts(self, directory: OwnedFd, names: Iterable[bytes]) -> None:
+        """Removes the whiteouts of `names` in a directory that has just become opaque: none stand inside an opaque one."""
+        for name in names:
+            os.unlink(
+                name if self.ability.whiteouts == "device" else whiteout.PREFIX + name, dir_fd=directory.fd
+            )
+
+    def remove(self, parent: int, name: bytes, *, is_dir: bool) -> None:
+        """Removes an object that has nothing below it."""
+        if is_dir:
+            os.rmdir(name, dir_fd=parent)
+        else:
+            os.unlink(name, dir_fd=parent)
+        step("remove.done")
+
+    # -- placing -----------------------------------------------------------------------------------------------
+
+    def place(self, temporary: bytes, parent: int, name: bytes, *, over_whiteout: bool, is_dir: bool) -> None:
+        """Puts a finished object from the work directory at `name`, over a whiteout if there is one. Atomic.
+
+        Raises OSError; the temporary is then removed."""
+        work = self.work.fd.fd
+        step("create.made")
+        try:
+            if over_whiteout and self.ability.whiteouts == "device":
+                if is_dir:  # rename(2) refuses to put a directory over a device, so they change places
+                    renameat2(work, temporary, parent, name, RENAME_EXCHANGE)
+                    step("create.placed")
+                    remove_tree(work, temporary)
+                    step("create.removed")
+                else:
+                    os.rename(temporary, name, src_dir_fd=work, dst_dir_fd=parent)
+                    step("create.placed")
+            else:
+                renameat2(work, temporary, parent, name, RENAME_NOREPLACE)
+                step("create.placed")
+        except OSError:
+            remove_tree(work, temporary)
+            raise
+
+    def place_copy(self, temporary: bytes, parent: int, name: bytes) -> None:
+        """Puts a copy at a name the upper does not have. Raises OSError(EEXIST) when it does after all; the caller cleans up."""
+        renameat2(self.work.fd.fd, temporary, parent, name, RENAME_NOREPLACE)
+
+    def discard(self, temporary: bytes) -> None:
+        remove_tree(self.work.fd.fd, temporary)
+
+    def open_path(self, parent: int, name: bytes) -> OwnedFd:
+        return OwnedFd(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent))

@@ -1,0 +1,107 @@
+"""The work directory: lock, volatile marker, temporary names, and putting things right at mount.
+
+WORK/                     the directory the user names
+  layerfs.lock            flock'ed while mounted (so is the upper directory itself)
+  work/                   temporary objects, as the kernel has them; emptied at mount
+    incompat/volatile/    the kernel's marker of a volatile mount
+  layerfs/inodes          numbers of objects that cannot carry an xattr (see `inode_log`)
+  layerfs/links.N         journal of a hard-link copy-up (see `journal`)
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import os
+import stat
+
+from layerfs.errors import BusyError, MountError
+from layerfs.fdutil import OwnedFd
+
+LOCK_NAME = "layerfs.lock"
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class WorkDir:
+    """The opened work directory. `fd` is WORK/work, where temporary objects are made; `state` is WORK/layerfs."""
+
+    def __init__(self, path: str, upper: OwnedFd, upper_path: str) -> None:
+        """Opens and locks. Raises BusyError when a live mount has the upper or the work directory, MountError otherwise.
+
+        Cleans nothing yet: that is `prepare`, after the journals were read."""
+        self.path = path
+        try:
+            self.base = OwnedFd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            self._lock = OwnedFd(
+                os.open(
+                    LOCK_NAME,
+                    os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+                    0o600,
+                    dir_fd=self.base.fd,
+                )
+            )
+        except OSError as error:
+            raise MountError(f"work directory {path}: {error.strerror}", error.errno) from error
+        for fd, what in ((self._lock, path), (upper, upper_path)):
+            try:
+                fcntl.flock(fd.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BusyError(f"{what} is in use by another layerfs mount") from None
+        if self._has_volatile_marker():
+            raise MountError(
+                f"{path}: the upper was used by a volatile mount that did not end cleanly and cannot be trusted; "
+                f"discard it, or remove {path}/work/incompat/volatile to use it as it is",
+                errno.EINVAL,
+            )
+        self.fd = self._subdirectory(b"work", 0o700)
+        self.state = self._subdirectory(b"layerfs", 0o700)
+        self._counter = itertools.count()
+
+    def _subdirectory(self, name: bytes, mode: int) -> OwnedFd:
+        try:
+            os.mkdir(name, mode, dir_fd=self.base.fd)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise MountError(f"work directory {self.path}: {error.strerror}", error.errno) from error
+        return OwnedFd(os.open(name, _DIRECTORY, dir_fd=self.base.fd))
+
+    def _has_volatile_marker(self) -> bool:
+        try:
+            os.stat("work/incompat/volatile", dir_fd=self.base.fd, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
+
+    def prepare(self, volatile: bool) -> None:
+        """Removes what a crash left and sets the volatile marker when asked. Raises OSError."""
+        for name in os.listdir(self.fd.fd):
+            remove_tree(self.fd.fd, os.fsencode(name))
+        if volatile:
+            os.makedirs(f"/proc/self/fd/{self.fd.fd}/incompat/volatile", 0o700)
+
+    def clear_volatile(self) -> None:
+        """The mount ended cleanly and everything was written: the upper may be trusted again."""
+        remove_tree(self.fd.fd, b"incompat")
+
+    def temporary(self) -> bytes:
+        """A name in `fd` that is not in use. The kernel's form: `#` and a number."""
+        return b"#%x" % next(self._counter)
+
+
+def remove_tree(parent: int, name: bytes) -> None:
+    """Removes `name` in `parent` with all below it; never follows a link, never leaves the tree. Missing is fine. Raises OSError."""
+    try:
+        st = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(st.st_mode):
+        os.unlink(name, dir_fd=parent)
+        return
+    if st.st_mode & 0o700 != 0o700:
+        os.chmod(b"/proc/self/fd/%d/%b" % (parent, name), 0o700)
+    directory = OwnedFd(os.open(name, _DIRECTORY, dir_fd=parent))
+    for child in os.listdir(directory.fd):
+        remove_tree(directory.fd, os.fsencode(child))
+    os.rmdir(name, dir_fd=parent)
