@@ -1,0 +1,147 @@
+"""Changing attributes and xattrs of one object."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+
+from layerfs.fdutil import OwnedFd, fd_path
+from layerfs.overlay.names import shown, stored
+from layerfs.upper.upper import Upper
+from layerfs.vfs.caller import Caller
+from layerfs.vfs.copyup import CopyUp
+from layerfs.vfs.node import Directory, File, Node
+from layerfs.vfs.tree import Tree, fail
+
+
+@dataclass(slots=True)
+class Change:
+    """What setattr is to set; None: leave it."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+class Attributes:
+    def __init__(self, tree: Tree, upper: Upper, copyup: CopyUp) -> None:
+        self.tree = tree
+        self.upper = upper
+        self.copyup = copyup
+
+    async def _into_upper(self, node: Node, caller: Caller) -> None:
+        if isinstance(node, Directory):
+            self.copyup.directory(node)
+        elif isinstance(node, File):
+            await self.copyup.settle(node, caller)
+            await self.copyup.attributes_only(node, caller)
+
+    async def set(self, node: Node, change: Change, caller: Caller) -> None:
+        """Raises OSError."""
+        if change.size is not None:
+            if not isinstance(node, File):
+                fail(errno.EISDIR)
+            await self.copyup.data(node, caller, size=change.size)
+        else:
+            await self._into_upper(node, caller)
+        self.tree.changed(node)
+        fd, name = self.tree.where(node)
+        target = self.tree.upper_object(fd, name)
+        path = fd_path(target.fd)
+        if change.size is not None:
+            self._cut(node, target, change.size)
+        if change.uid is not None or change.gid is not None:
+            uid = change.uid if change.uid is not None else -1
+            gid = change.gid if change.gid is not None else -1
+            if name:
+                os.chown(name, uid, gid, dir_fd=fd.fd, follow_symlinks=False)
+            else:
+                os.chown(path, uid, gid)
+        if change.mode is not None:
+            os.chmod(path, stat.S_IMODE(change.mode))
+            if isinstance(node, File) and node.handles:
+                node.privileged = bool(change.mode & (stat.S_ISUID | stat.S_ISGID))
+        if change.atime_ns is not None or change.mtime_ns is not None:
+            st = os.fstat(target.fd)
+            atime = change.atime_ns if change.atime_ns is not None else st.st_atime_ns
+            mtime = change.mtime_ns if change.mtime_ns is not None else st.st_mtime_ns
+            if name:
+                os.utime(name, ns=(atime, mtime), dir_fd=fd.fd, follow_symlinks=False)
+            else:
+                os.utime(path, ns=(atime, mtime))
+
+    def _cut(self, node: Node, target: OwnedFd, size: int) -> None:
+        """truncate(2); takes setuid away as a write does."""
+        mode = os.fstat(target.fd).st_mode
+        kept = mode & ~stat.S_ISUID
+        if mode & stat.S_IXGRP:
+            kept &= ~stat.S_ISGID
+        writer = OwnedFd(self._open_for_writing(node, target))
+        os.ftruncate(writer.fd, size)
+        if kept != mode:
+            os.fchmod(writer.fd, stat.S_IMODE(kept))
+
+    @staticmethod
+    def _open_for_writing(node: Node, target: OwnedFd) -> int:
+        """The caller may have the file open for writing though its mode (changed since) no longer lets this process open it."""
+        try:
+            return os.open(fd_path(target.fd), os.O_WRONLY | os.O_CLOEXEC)
+        except PermissionError:
+            for handle in (node.handles or ()) if isinstance(node, File) else ():
+                if handle.writable:
+                    return os.dup(handle.fd.fd)
+            raise
+
+    # -- xattrs ------------------------------------------------------------------------------------------------
+
+    async def set_xattr(self, node: Node, name: bytes, value: bytes, caller: Caller) -> None:
+        """Raises OSError: EPERM for marks of overlays."""
+        attribute = _stored(name)
+        await self._into_upper(node, caller)
+        self.tree.changed(node)
+        path, follow, _keep = self.tree.real_path(node)
+        os.setxattr(path, attribute, value, follow_symlinks=follow)
+
+    async def remove_xattr(self, node: Node, name: bytes, caller: Caller) -> None:
+        """Raises OSError."""
+        attribute = _stored(name)
+        path, follow, _keep = self.tree.real_path(node)
+        if not node.in_upper:
+            os.getxattr(path, attribute, follow_symlinks=follow)  # ENODATA costs no copy-up
+        await self._into_upper(node, caller)
+        self.tree.changed(node)
+        path, follow, _keep = self.tree.real_path(node)
+        os.removexattr(path, attribute, follow_symlinks=follow)
+
+
+def _stored(name: bytes) -> str:
+    attribute = stored(os.fsdecode(name))
+    if attribute is None:
+        fail(errno.EPERM)
+    return attribute
+
+
+def get_xattr(tree: Tree, node: Node, name: bytes) -> bytes:
+    """Raises OSError: ENODATA when it is not set or hidden."""
+    attribute = stored(os.fsdecode(name))
+    if attribute is None:
+        fail(errno.ENODATA)
+    path, follow, _keep = tree.real_path(node)
+    return os.getxattr(path, attribute, follow_symlinks=follow)
+
+
+def list_xattrs(tree: Tree, node: Node) -> list[bytes]:
+    """Names as a user sees them. Raises OSError."""
+    path, follow, _keep = tree.real_path(node)
+    try:
+        present = os.listxattr(path, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return []
+        raise
+    return [os.fsencode(name) for name in map(shown, present) if name is not None]

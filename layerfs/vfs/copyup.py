@@ -1,0 +1,339 @@
+"""Bringing objects into the upper: directories at once, files once however many ask, their data in a worker thread.
+
+A file that needs its data copied gets a `Job`. All who need it wait for the job; a waiter that is interrupted leaves, and when the last one
+has left the copy is given up. Publishing is one synchronous step on the event loop, where the file's name is looked at again: it may have been
+renamed or unlinked while the data were copied.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from functools import partial
+
+import trio
+
+from layerfs.fdutil import Cancelled, OwnedFd
+from layerfs.stack import Entry
+from layerfs.upper import copyup, journal
+from layerfs.upper.steps import step
+from layerfs.upper.upper import Upper
+from layerfs.vfs.caller import Caller
+from layerfs.vfs.links import LinkIndex
+from layerfs.vfs.node import Directory, File, Node
+from layerfs.vfs.tree import Tree, fail
+
+#: Seconds between two looks at whether a waiting caller was interrupted: a killed caller is gone well within a second.
+_POLL = 0.1
+#: Copies that run at one time. More would only make the disk seek; fifty waiting ones cost nothing.
+_COPIES = 4
+
+
+class Job:
+    """One copy-up of one file (with all its names) that is under way."""
+
+    __slots__ = ("cancelled", "done", "error", "size", "waiters")
+
+    def __init__(self, size: int | None) -> None:
+        #: None: all data are copied; else only so many bytes, for a caller who cuts the file there
+        self.size = size
+        self.done = trio.Event()
+        self.error: OSError | None = None
+        self.waiters = 0
+        self.cancelled = False
+
+
+class CopyUp:
+    def __init__(
+        self, tree: Tree, upper: Upper, links: LinkIndex, nursery: trio.Nursery, *, metacopy: bool
+    ) -> None:
+        self.tree = tree
+        self.upper = upper
+        self.links = links
+        self.metacopy = metacopy
+        self.nursery = nursery
+        self._limiter = trio.CapacityLimiter(_COPIES)
+
+    # -- directories -------------------------------------------------------------------------------------------
+
+    def directory(self, directory: Directory) -> OwnedFd:
+        """Makes sure that a directory and its parents are in the upper; its upper descriptor. Synchronous. Raises OSError."""
+        if directory.in_upper:
+            return self.tree.upper_fd(directory)
+        missing: list[Directory] = []
+        here: Directory | None = directory
+        while here is not None and not here.in_upper:
+            if here.parent is None:
+                fail(errno.ENOENT)  # removed
+            missing.append(here)
+            here = here.parent
+        for here in reversed(missing):
+            self._one_directory(here)
+        return self.tree.upper_fd(directory)
+
+    def _one_directory(self, directory: Directory) -> None:
+        parent = directory.parent
+        assert parent is not None and directory.home is not None
+        home = self.tree.stack.open(directory.home)
+        st = os.stat(directory.home_name, dir_fd=home.fd, follow_symlinks=False)
+        origin = self.upper.make_origin(home.fd, directory.home_name)
+        source = copyup.Source(home, directory.home_name, st, directory.id, origin)
+        temporary = copyup.make_directory(self.upper, source)
+        parent_fd = self.tree.upper_fd(parent)
+        parent_ctime = self.tree.shown_ctime(parent)
+        copyup.publish(self.upper, temporary, parent_fd, directory.name, replace=False)
+        parent.impure = True
+        self._moved_up(directory, parent, directory.name)
+        self.tree.keep_ctime(parent, parent_ctime)
+        self.tree.keep_ctime(directory, st.st_ctime_ns)
+
+    def _moved_up(self, node: Node, parent: Directory | None, name: bytes) -> None:
+        """The object now lies in the upper: says so on the node and on its entry."""
+        node.in_upper = True
+        node.home = None if isinstance(node, Directory) else node.home
+        node.real = self.tree.stat_real(node).st_ino
+        if parent is not None:
+            self._entry_moved_up(parent, name, node.real)
+        self.tree.gate.retract_attributes(node.id)
+
+    def _entry_moved_up(self, parent: Directory, name: bytes, real: int) -> None:
+        entry = parent.merged.names.get(name) if parent.merged is not None else None
+        if entry is not None:
+            entry.home = None
+            entry.real = real
+
+    # -- files -------------------------------------------------------------------------------------------------
+
+    async def settle(self, node: File, caller: Caller) -> None:
+        """Waits until no copy-up of `node` is under way. Raises OSError(EINTR)."""
+        while node.job is not None:
+            await self._wait(node.job, caller)
+
+    async def attributes_only(self, node: File, caller: Caller) -> None:
+        """Makes sure that the file's attributes can be changed: its data need not be in the upper. Raises OSError."""
+        while not node.in_upper:
+            if node.job is not None:
+                await self._wait(node.job, caller)
+                continue
+            st = self.tree.stat_real(node)
+            single = node.parent is None or st.st_nlink == 1
+            if single and (not stat.S_ISREG(st.st_mode) or st.st_size == 0 or self._may_metacopy(node)):
+                metacopy = stat.S_ISREG(st.st_mode) and st.st_size > 0
+                copy = copyup.make(
+                    self.upper,
+                    self._source(node, st),
+                    data=None,
+                    size=st.st_size,
+                    metacopy=metacopy,
+                    sync=False,
+                )
+                self._publish(node, copy, metacopy=metacopy)
+            else:
+                await self.data(node, caller)
+
+    def _may_metacopy(self, node: File) -> bool:
+        """A lower file that has attributes only is copied with its data: a chain of redirects would have to be rebuilt."""
+        return self.metacopy and node.parent is not None and not self.tree.is_metacopy(node)
+
+    async def data(self, node: File, caller: Caller, size: int | None = None) -> None:
+        """Makes sure that the file is in the upper with its data, or the first `size` bytes of them when it is about to be cut there.
+
+        Raises OSError: EINTR when the caller was interrupted while it waited; what the copy raised (ENOSPC, EIO, …)."""
+        while not node.in_upper or self.tree.is_metacopy(node):
+            job = node.job
+            if job is None:
+                st = self.tree.stat_real(node)
+                if not stat.S_ISREG(st.st_mode):
+                    if node.parent is None or st.st_nlink == 1:
+                        copy = copyup.make(
+                            self.upper, self._source(node, st), data=None, size=0, metacopy=False, sync=False
+                        )
+                        self._publish(node, copy, metacopy=False)
+                        return
+                job = node.job = Job(size)
+                node.users += 1
+                self.nursery.start_soon(self._run, node, job, size)
+            # Who needs other bytes than the job copies only waits for its end: it must not keep alive a copy that cuts the file
+            # when the one who wanted it cut has gone.
+            await self._wait(job, caller, counts=job.size == size)
+
+    async def _wait(self, job: Job, caller: Caller, *, counts: bool = False) -> None:
+        job.waiters += counts
+        try:
+            while not job.done.is_set():
+                with trio.move_on_after(_POLL):
+                    await job.done.wait()
+                if not job.done.is_set() and caller.interrupted():
+                    fail(errno.EINTR)
+        finally:
+            job.waiters -= counts
+            if counts and job.waiters == 0 and not job.done.is_set():
+                job.cancelled = True
+        if job.error is not None:
+            if job.error.errno == errno.ECANCELED:
+                return  # given up by others: whoever still wants it starts again
+            raise OSError(job.error.errno, job.error.strerror)
+
+    async def _run(self, node: File, job: Job, size: int | None) -> None:
+        try:
+            await self._copy(node, job, size)
+        except Cancelled:
+            job.error = OSError(errno.ECANCELED, "given up")
+        except OSError as error:
+            job.error = error
+        finally:
+            node.job = None
+            node.users -= 1
+            job.done.set()
+            self.tree.release(node)
+
+    async def _copy(self, node: File, job: Job, size: int | None) -> None:
+        st = self.tree.stat_real(node)
+        regular = stat.S_ISREG(st.st_mode)
+        data: OwnedFd | None = None
+        length = st.st_size if size is None else min(size, st.st_size)
+        if regular and length:
+            data = self.tree.open_real(*self.tree.data_location(node), os.O_RDONLY)
+        if node.in_upper and st.st_nlink > 1:
+            await self._fill(node, job, data, st.st_size)
+            return
+        names: list[tuple[Directory, bytes]] = []
+        if st.st_nlink > 1 and node.parent is not None:
+            names = await self.links.names(node)
+        try:
+            copy = await trio.to_thread.run_sync(
+                partial(
+                    copyup.make,
+                    self.upper,
+                    self._source(node, st),
+                    data=data,
+                    size=length,
+                    metacopy=False,
+                    sync=regular and not self.upper.volatile,
+                    cancelled=lambda: job.cancelled,
+                ),
+                limiter=self._limiter,
+            )
+            if job.cancelled:
+                self.upper.discard(copy.temporary)
+                raise Cancelled
+            if names and node.parent is not None:
+                self._publish_links(node, copy, names)
+            else:
+                self._publish(node, copy, metacopy=False)
+        finally:
+            self.links.unpin(names)
+
+    async def _fill(self, node: File, job: Job, data: OwnedFd | None, size: int) -> None:
+        fd = self.tree.open_real(*self.tree.where(node), os.O_RDWR)
+        if data is None:
+            os.removexattr(fd.fd, self.upper.names.metacopy)
+        else:
+            work = partial(copyup.fill, self.upper, fd, data, size, lambda: job.cancelled)
+            await trio.to_thread.run_sync(work, limiter=self._limiter)
+        node.metacopy = False
+        self._switch_handles(node, fd, False)
+
+    def _source(self, node: File, st: os.stat_result) -> copyup.Source:
+        fd, name = self.tree.where(node)
+        if node.in_upper:
+            origin = b""
+            if name:
+                try:
+                    origin = os.getxattr(
+                        self.tree.real_path(node)[0], self.upper.names.origin, follow_symlinks=False
+                    )
+                except OSError:
+                    pass
+        else:
+            origin = self.upper.make_origin(fd.fd, name)
+        return copyup.Source(fd, name, st, node.id, origin)
+
+    # -- publishing --------------------------------------------------------------------------------------------
+
+    def _publish(self, node: File, copy: copyup.Copy, *, metacopy: bool) -> None:
+        """Shows a finished copy under the name its file has now. Synchronous."""
+        old_ctime = self.tree.shown_ctime(node)
+        parent = node.parent
+        if parent is None:
+            # Unlinked while open: nobody else can see it, so the copy needs no name either.
+            work = self.upper.work.fd.fd
+            node.pin = self.upper.open_path(work, copy.temporary)
+            self.upper.discard(copy.temporary)
+            name = b""
+        else:
+            name = node.name
+            replace = node.in_upper
+            parent_fd = self.directory(parent)
+            parent_ctime = self.tree.shown_ctime(parent)
+            copyup.publish(self.upper, copy.temporary, parent_fd, name, replace=replace)
+            parent.impure = True
+            self.tree.keep_ctime(parent, parent_ctime)
+        node.metacopy = metacopy
+        self._moved_up(node, parent, name)
+        self._switch_handles(node, copy.fd, metacopy)
+        self.tree.keep_ctime(node, old_ctime)
+
+    def _publish_links(self, node: File, copy: copyup.Copy, names: list[tuple[Directory, bytes]]) -> None:
+        """Shows a copy under all names of its file. Synchronous; journalled, so that a crash leaves none or all after the next mount."""
+        old_ctime = self.tree.shown_ctime(node)
+        work = self.upper.work.fd.fd
+        old_real = node.real
+        fresh: list[tuple[Directory, bytes, Entry]] = []
+        record: str | None = None
+        try:
+            for directory, name in names:
+                entry = directory.merged.names.get(name) if directory.merged is not None else None
+                if entry is not None and entry.home is not None and entry.real == old_real:
+                    self.directory(directory)
+                    fresh.append((directory, name, entry))
+            paths = [(self.tree.path(directory), name) for directory, name, _ in fresh]
+            record = journal.write(self.upper.work, copy.temporary, paths, sync=not self.upper.volatile)
+            step("links.journalled")
+            for directory, name, _ in fresh:
+                fd = self.tree.upper_fd(directory)
+                before = os.fstat(fd.fd)
+                ctime = self.tree.shown_ctime(directory)
+                self.upper.set_impure(fd)
+                directory.impure = True
+                os.link(copy.temporary, name, src_dir_fd=work, dst_dir_fd=fd.fd, follow_symlinks=False)
+                step("links.linked")
+                copyup.restore_times(fd, before)
+                self.tree.keep_ctime(directory, ctime)
+        except OSError:
+            self._unlink_names(copy, fresh)
+            if record is not None:
+                journal.remove(self.upper.work, record)
+            self.upper.discard(copy.temporary)
+            raise
+        self.upper.discard(copy.temporary)
+        journal.remove(self.upper.work, record)
+        step("links.done")
+        node.metacopy = False
+        for directory, name, entry in fresh:
+            self._entry_moved_up(directory, name, copy.st.st_ino)
+            if entry.node is None:
+                entry.node = node
+                self.tree.add_name(node, directory, name)
+        self._moved_up(node, node.parent, node.name)
+        self._switch_handles(node, copy.fd, False)
+        self.tree.keep_ctime(node, old_ctime)
+
+    def _unlink_names(self, copy: copyup.Copy, names: list[tuple[Directory, bytes, Entry]]) -> None:
+        """Undoes a part of `_publish_links`: the lower file is seen again under every name."""
+        for directory, name, _ in names:
+            try:
+                fd = self.tree.upper_fd(directory)
+                if os.stat(name, dir_fd=fd.fd, follow_symlinks=False).st_ino == copy.st.st_ino:
+                    os.unlink(name, dir_fd=fd.fd)
+            except OSError:
+                continue
+
+    @staticmethod
+    def _switch_handles(node: File, fd: OwnedFd | None, metacopy: bool) -> None:
+        """Descriptors opened for reading before the copy-up read the upper file from now on (POSIX; the kernel's overlayfs does not)."""
+        if fd is None or metacopy:
+            return
+        for handle in node.handles or ():
+            handle.fd = fd

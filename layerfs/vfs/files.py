@@ -1,0 +1,223 @@
+"""Open files and directories, and the bytes of files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from functools import partial
+
+import trio
+
+from layerfs.fdutil import OwnedFd
+from layerfs.ids import HandleId
+from layerfs.upper.upper import Upper
+from layerfs.vfs.caller import Caller
+from layerfs.vfs.copyup import CopyUp
+from layerfs.vfs.node import Directory, File
+from layerfs.vfs.tree import Tree, fail
+
+#: Flags of open(2) that the backing descriptor gets as well. O_APPEND must not be among them: pwrite(2) would ignore its offset; the
+#: kernel has computed it already. O_DIRECT would demand aligned memory; the kernel side is direct all the same.
+_KEPT = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
+#: Writes up to this size (bytes) are done on the event loop: a copy into the page cache is faster than waking a thread.
+_INLINE_WRITE = 64 << 10
+_SETID = stat.S_ISUID | stat.S_ISGID
+
+
+class Handle:
+    """An open file. `fd` is replaced when the file is copied up."""
+
+    __slots__ = ("fd", "id", "node", "sync", "writable")
+
+    def __init__(self, id: HandleId, node: File, fd: OwnedFd, flags: int) -> None:
+        self.id = id
+        self.node = node
+        self.fd = fd
+        self.writable = flags & os.O_ACCMODE != os.O_RDONLY
+        self.sync = bool(flags & (os.O_SYNC | os.O_DSYNC))
+
+
+class DirectoryHandle:
+    """An open directory: its names as they were at the first read or the last rewind, so that offsets stay what they are.
+
+    Offset n is the nth name of that list; names that went meanwhile are passed over, so nothing is listed twice or missed."""
+
+    __slots__ = ("id", "names", "node")
+
+    def __init__(self, id: HandleId, node: Directory) -> None:
+        self.id = id
+        self.node = node
+        self.names: list[bytes] = []
+
+
+class Files:
+    def __init__(self, tree: Tree, upper: Upper | None, copyup: CopyUp | None) -> None:
+        self.tree = tree
+        self.upper = upper
+        self.copyup = copyup
+        self._handles: dict[int, Handle] = {}
+        self._directories: dict[int, DirectoryHandle] = {}
+        self._next = 1
+        # Separate limits, so that syncs that take seconds never keep reads waiting.
+        self._io = trio.CapacityLimiter(16)
+        self._syncs = trio.CapacityLimiter(8)
+
+    # -- opening -----------------------------------------------------------------------------------------------
+
+    def _number(self) -> HandleId:
+        self._next += 1
+        return HandleId(self._next)
+
+    async def open(self, node: File, flags: int, caller: Caller) -> Handle:
+        """Opens with the flags of open(2). Copies the file up when they write. Raises OSError."""
+        writes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        if not writes:
+            fd = self._open_lower_kindly(*self.tree.data_location(node), flags & _KEPT)
+            return self.adopt(node, fd, flags)
+        if self.copyup is None:
+            fail(errno.EROFS)
+        await self.copyup.data(node, caller, size=0 if flags & os.O_TRUNC else None)
+        fd = self.tree.open_real(*self.tree.where(node), flags & _KEPT)
+        if flags & os.O_TRUNC:
+            writer = fd
+            if flags & os.O_ACCMODE == os.O_RDONLY:
+                writer = self.tree.open_real(*self.tree.where(node), os.O_WRONLY)
+            self._clear_setid(node, writer)
+            os.ftruncate(writer.fd, 0)
+            self.tree.changed(node)
+        return self.adopt(node, fd, flags)
+
+    def _open_lower_kindly(self, fd: OwnedFd, name: bytes, flags: int) -> OwnedFd:
+        """Opens for reading without moving the lower file's atime, where this process may say so (owner or CAP_FOWNER)."""
+        try:
+            return self.tree.open_real(fd, name, flags | os.O_NOATIME)
+        except PermissionError:
+            return self.tree.open_real(fd, name, flags)
+
+    def adopt(self, node: File, fd: OwnedFd, flags: int) -> Handle:
+        """A handle for an opened descriptor."""
+        handle = Handle(self._number(), node, fd, flags)
+        self._handles[handle.id] = handle
+        if node.handles is None:
+            node.handles = set()
+        node.handles.add(handle)
+        node.users += 1
+        if handle.writable:
+            node.privileged = bool(os.fstat(fd.fd).st_mode & _SETID)
+        return handle
+
+    def release(self, id: int) -> None:
+        handle = self._handles.pop(id, None)
+        if handle is not None:
+            node = handle.node
+            if node.handles is not None:
+                node.handles.discard(handle)
+            node.users -= 1
+            self.tree.release(node)
+
+    def _handle(self, id: int) -> Handle:
+        handle = self._handles.get(id)
+        if handle is None:
+            fail(errno.EBADF)
+        return handle
+
+    # -- data --------------------------------------------------------------------------------------------------
+
+    async def read(self, id: int, offset: int, size: int) -> bytes | memoryview:
+        """`size` bytes, fewer only at the end of the file. Raises OSError."""
+        fd = self._handle(id).fd
+        buffer = bytearray(size)
+        try:
+            count = os.preadv(fd.fd, [buffer], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise
+            count = 0
+        if count < size and offset + count < os.fstat(fd.fd).st_size:
+            # Not all of it is in the page cache: the rest may take the disk's time.
+            view = memoryview(buffer)[count:]
+            rest = partial(os.preadv, fd.fd, [view], offset + count)
+            count += await trio.to_thread.run_sync(rest, limiter=self._io)
+        return memoryview(buffer)[:count]
+
+    async def write(self, id: int, offset: int, data: bytes) -> int:
+        """Bytes written: fewer only where an error stopped it after some were. Raises OSError."""
+        handle = self._handle(id)
+        node, fd = handle.node, handle.fd
+        if node.job is not None and self.copyup is not None:
+            await self.copyup.settle(node, Caller(0, 0, 0))
+            fd = handle.fd
+        if node.privileged:
+            self._clear_setid(node, fd)
+        self.tree.changed(node)
+        if len(data) <= _INLINE_WRITE and not handle.sync:
+            return os.pwrite(fd.fd, data, offset)
+        return await trio.to_thread.run_sync(partial(_write_all, fd.fd, data, offset), limiter=self._io)
+
+    def _clear_setid(self, node: File, fd: OwnedFd) -> None:
+        """A write takes setuid away, and setgid of an executable (write(2), inode(7)); capabilities the backing file system drops."""
+        mode = os.fstat(fd.fd).st_mode
+        kept = mode & ~stat.S_ISUID
+        if mode & stat.S_IXGRP:
+            kept &= ~stat.S_ISGID
+        if kept != mode:
+            os.fchmod(fd.fd, stat.S_IMODE(kept))
+        node.privileged = False
+
+    async def fsync(self, id: int, data_only: bool) -> None:
+        """Raises OSError: also errors of earlier write-back."""
+        fd = self._handle(id).fd
+        if self.upper is not None and self.upper.volatile:
+            return
+        call = os.fdatasync if data_only else os.fsync
+        await trio.to_thread.run_sync(call, fd.fd, limiter=self._syncs)
+        del fd
+
+    # -- directories -------------------------------------------------------------------------------------------
+
+    async def open_directory(self, node: Directory) -> DirectoryHandle:
+        """Raises OSError."""
+        await self.tree.load(node)
+        handle = DirectoryHandle(self._number(), node)
+        self._directories[handle.id] = handle
+        node.users += 1
+        return handle
+
+    def directory(self, id: int) -> DirectoryHandle:
+        handle = self._directories.get(id)
+        if handle is None:
+            fail(errno.EBADF)
+        return handle
+
+    async def rewind(self, handle: DirectoryHandle) -> None:
+        handle.names = list((await self.tree.load(handle.node)).names)
+
+    def release_directory(self, id: int) -> None:
+        handle = self._directories.pop(id, None)
+        if handle is not None:
+            handle.node.users -= 1
+            self.tree.release(handle.node)
+
+    async def fsync_directory(self, id: int) -> None:
+        """Raises OSError."""
+        node = self.directory(id).node
+        if not node.in_upper or self.upper is None or self.upper.volatile:
+            return
+        above = self.tree.upper_fd(node)
+        fd = OwnedFd(os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=above.fd))
+        await trio.to_thread.run_sync(os.fsync, fd.fd, limiter=self._syncs)
+        del fd
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> int:
+    view = memoryview(data)
+    written = 0
+    while written < len(data):
+        try:
+            written += os.pwrite(fd, view[written:], offset + written)
+        except OSError:
+            if written:
+                return written
+            raise
+    return written

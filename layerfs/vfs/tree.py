@@ -1,0 +1,506 @@
+"""The merged tree as it is now: nodes, directories loaded on first touch, numbers, attributes. Changes nothing on disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
+
+import trio
+
+from layerfs.fdutil import OwnedFd, at_path, fd_path, fs_uuid
+from layerfs.gate import Gate, NoGate
+from layerfs.ids import ROOT, Ino, NodeId, RealIno
+from layerfs.inodes import numbers
+from layerfs.overlay import origin as origin_codec
+from layerfs.overlay import redirect
+from layerfs.stack import Entry, LowerDir, Merged, Stack, data_source, lower_directories, merge_directory
+from layerfs.upper.upper import Upper
+from layerfs.vfs.node import Directory, File, Node
+
+if TYPE_CHECKING:
+    from layerfs.vfs.links import LinkIndex
+
+#: A directory whose listings together are larger than this (bytes of st_size) is read in a thread. 32 KiB are about 1,000 names.
+_THREAD_ABOVE = 32 << 10
+NAME_MAX = 255
+
+
+def fail(number: int) -> NoReturn:
+    raise OSError(number, os.strerror(number))
+
+
+@dataclass(slots=True)
+class Attributes:
+    """What stat shows. `st` is the real object's; the other fields are used in place of its own."""
+
+    st: os.stat_result
+    ino: int
+    nlink: int
+    ctime_ns: int
+    blocks: int
+
+
+class Tree:
+    def __init__(self, stack: Stack, upper: Upper | None, gate: Gate | None = None) -> None:
+        self.stack = stack
+        #: None when the mount is read-only (`stack.upper` may be there all the same)
+        self.upper = upper
+        self.gate: Gate = gate if gate is not None else NoGate()
+        self.nodes: dict[NodeId, Node] = {}
+        self.links: LinkIndex | None = None
+        #: real inode number in the upper -> (real ctime after a copy-up, ctime to show as long as it has not moved)
+        self.shown_ctimes: dict[int, tuple[int, int]] = {}
+        #: raised when a directory moves (see `links`)
+        self.moves = 0
+        self._temporary = 0
+        self._uuids: list[bytes | None] | None = None
+        self._load_limiter = trio.CapacityLimiter(4)
+        self.root = self._make_root()
+
+    # -- nodes -------------------------------------------------------------------------------------------------
+
+    def _make_root(self) -> Directory:
+        root = Directory(ROOT, None, b"")
+        root.lookups = 1
+        root.lowers = tuple(layer.root for layer in self.stack.lowers)
+        root.lower_path = b"" if root.lowers else None
+        root.in_upper = self.stack.upper is not None
+        root.home = root.lowers[0] if root.lowers else None
+        self.nodes[ROOT] = root
+        return root
+
+    def node(self, id: int) -> Node:
+        """Raises OSError(ESTALE) for a node the kernel should not know."""
+        node = self.nodes.get(NodeId(id))
+        if node is None:
+            fail(errno.ESTALE)
+        return node
+
+    def directory(self, id: int) -> Directory:
+        node = self.node(id)
+        if not isinstance(node, Directory):
+            fail(errno.ENOTDIR)
+        return node
+
+    def file(self, id: int) -> File:
+        node = self.node(id)
+        if not isinstance(node, File):
+            fail(errno.EISDIR)
+        return node
+
+    def forget(self, id: int, count: int) -> None:
+        node = self.nodes.get(NodeId(id))
+        if node is not None:
+            node.lookups -= count
+            self.release(node)
+
+    def release(self, node: Node | None) -> None:
+        """Drops `node`, and then its parents, if nothing needs them any more."""
+        while node is not None and node.lookups <= 0 and node.users <= 0 and node.id != ROOT:
+            if self.nodes.get(node.id) is node:
+                del self.nodes[node.id]
+                self.gate.forget(node.id)
+            parent = node.parent
+            if parent is not None:
+                self._unname(node, parent, node.name)
+            for directory, name in node.names or ():
+                self._unname(node, directory, name)
+                if directory is not parent:
+                    self.release(directory)
+            node.names = None
+            node.parent = None
+            self.stack.pool.drop(node)
+            node.pin = None
+            node = parent
+
+    @staticmethod
+    def _unname(node: Node, parent: Directory, name: bytes) -> None:
+        parent.users -= 1
+        entry = parent.merged.names.get(name) if parent.merged is not None else None
+        if entry is not None and entry.node is node:
+            entry.node = None
+
+    def add_name(self, node: Node, parent: Directory, name: bytes) -> None:
+        """`node` has the name `name` in `parent` (as well)."""
+        if node.parent is None and node.id != ROOT:
+            node.parent, node.name = parent, name
+            node.pin = None
+        elif (node.parent, node.name) == (parent, name) or (node.names and (parent, name) in node.names):
+            return
+        else:
+            if node.names is None:
+                node.names = set()
+            node.names.add((parent, name))
+        parent.users += 1
+
+    def drop_name(self, node: Node, parent: Directory, name: bytes) -> None:
+        """`node` lost that name. It may be left without one."""
+        if (node.parent, node.name) == (parent, name):
+            if node.names:
+                node.parent, node.name = node.names.pop()
+            else:
+                node.parent = None
+        elif node.names and (parent, name) in node.names:
+            node.names.remove((parent, name))
+        else:
+            return
+        parent.users -= 1
+
+    def child(self, parent: Directory, name: bytes, entry: Entry) -> Node:
+        """The node of an entry, made if there is none. Raises OSError (EIO for a nonsense redirect, whatever lstat gives)."""
+        if entry.node is not None:
+            assert isinstance(entry.node, Node)
+            return entry.node
+        node = (
+            self._make_directory(parent, name, entry)
+            if entry.is_dir
+            else self._make_file(parent, name, entry)
+        )
+        entry.node = node
+        self.add_name(node, parent, name)
+        return node
+
+    def _make_directory(self, parent: Directory, name: bytes, entry: Entry) -> Directory:
+        upper_parent = self.upper_fd(parent) if entry.home is None else None
+        lowers = lower_directories(self.stack, parent.lowers, name, entry.lowers, upper_parent)
+        ino: Ino | None = None
+        if lowers:
+            top = lowers[0]
+            real = entry.real
+            if entry.home is None or top.layer is not entry.home.layer:
+                real = os.fstat(self.stack.open(top).fd).st_ino
+            ino = numbers.compose(top.layer.number, RealIno(real))
+        else:
+            ino = self._upper_number(parent, name, entry)
+        node = Directory(self.claim(ino), parent=None, name=name)
+        node.lowers = lowers
+        if lowers:
+            node.lower_path = self._lower_path(parent, name, entry, lowers)
+        node.in_upper = entry.home is None
+        node.home, node.home_name, node.real = entry.home, name, entry.real
+        self.nodes[node.id] = node
+        return node
+
+    def _lower_path(
+        self, parent: Directory, name: bytes, entry: Entry, lowers: tuple[LowerDir, ...]
+    ) -> bytes:
+        if entry.home is None and self.stack.upper is not None:
+            target = self._redirect(self.upper_fd(parent).fd, name)
+            if target is not None and target.startswith(b"/"):
+                return target[1:]
+            if target is not None:
+                name = target
+        if parent.lower_path is None:
+            return lowers[0].path
+        return parent.lower_path + b"/" + name if parent.lower_path else name
+
+    def _redirect(self, parent: int, name: bytes) -> bytes | None:
+        try:
+            return os.getxattr(at_path(parent, name), self.stack.names.redirect, follow_symlinks=False)
+        except OSError:
+            return None
+
+    def _make_file(self, parent: Directory, name: bytes, entry: Entry) -> File:
+        if entry.home is None:
+            ino = self._upper_number(parent, name, entry)
+        else:
+            ino = numbers.compose(entry.home.layer.number, RealIno(entry.real))
+        if ino is not None:
+            known = self.nodes.get(NodeId(ino))
+            if isinstance(known, File) and self._same(known, entry):
+                return known
+        node = File(self.claim(ino), parent=None, name=name)
+        node.in_upper = entry.home is None
+        node.home, node.home_name, node.real = entry.home, name, entry.real
+        node.lookup_dirs = parent.lowers
+        self.nodes[node.id] = node
+        return node
+
+    @staticmethod
+    def _same(node: File, entry: Entry) -> bool:
+        """Whether a live node is the object of another entry: a hard link within one layer."""
+        if node.real != entry.real or node.in_upper != (entry.home is None):
+            return False
+        return entry.home is None or (node.home is not None and node.home.layer is entry.home.layer)
+
+    # -- numbers -----------------------------------------------------------------------------------------------
+
+    def claim(self, ino: Ino | None) -> NodeId:
+        """The node id for a new node: the number itself, or a temporary one when it is taken or does not fit."""
+        if ino is not None and (id := NodeId(ino)) not in self.nodes:
+            return id
+        self._temporary += 1
+        return NodeId(numbers.TEMPORARY | self._temporary)
+
+    def _upper_number(self, parent: Directory, name: bytes, entry: Entry) -> Ino | None:
+        if self.upper is not None and (self.is_impure(parent) or self.upper.inode_log):
+            directory = self.upper_fd(parent)
+            recorded = self.upper.recorded_ino(directory.fd, name, entry.real)
+            if recorded is not None:
+                return Ino(recorded)
+            found = self.upper.origin_of(directory.fd, name)
+            if found is not None:
+                number = self._origin_number(parent, name, found)
+                if number is not None:
+                    return number
+        return numbers.compose(self.stack.upper.number, RealIno(entry.real)) if self.stack.upper else None
+
+    def is_impure(self, directory: Directory) -> bool:
+        if directory.impure is None:
+            fd = self.upper_fd(directory) if directory.in_upper else None
+            directory.impure = fd is not None and self.upper is not None and self.upper.is_impure(fd)
+        return directory.impure
+
+    def _origin_number(self, parent: Directory, name: bytes, found: origin_codec.Origin) -> Ino | None:
+        """The number for an upper object that another overlay copied up: the lower inode number in its origin, and the layer it
+        must be from. Nothing is opened by handle."""
+        real = origin_codec.real_ino(found)
+        if real is None:
+            return None
+        for home in parent.lowers:
+            try:
+                st = os.stat(name, dir_fd=self.stack.open(home).fd, follow_symlinks=False)
+            except OSError:
+                continue
+            if st.st_ino == real:
+                return numbers.compose(home.layer.number, RealIno(real))
+        if self._uuids is None:
+            self._uuids = [fs_uuid(layer.fd.fd) for layer in self.stack.lowers]
+        for layer, uuid in zip(self.stack.lowers, self._uuids, strict=True):
+            if uuid == found.uuid:
+                return numbers.compose(layer.number, RealIno(real))
+        return None
+
+    # -- descriptors -------------------------------------------------------------------------------------------
+
+    def upper_fd(self, directory: Directory) -> OwnedFd:
+        """An O_PATH descriptor of the directory's upper part, which must exist. Raises OSError."""
+        assert directory.in_upper and self.stack.upper is not None
+        if directory.parent is None:
+            if directory.pin is not None:
+                return directory.pin
+            if directory.id != ROOT:
+                fail(errno.ENOENT)
+            return self.stack.upper.fd
+        # Not recursive: trees may be deeper than Python's stack. Climb to the nearest kept descriptor, then come down.
+        way: list[Directory] = []
+        here: Directory | None = directory
+        fd: OwnedFd | None = None
+        pool = self.stack.pool
+        while here is not None and fd is None:
+            if here.parent is None:
+                fd = self.upper_fd(here)
+            elif here in pool:
+                fd = pool.get(here, _unreachable)
+            else:
+                way.append(here)
+                here = here.parent
+        assert fd is not None
+        for here in reversed(way):
+            flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = pool.get(here, partial(os.open, here.name, flags, dir_fd=fd.fd))
+        return fd
+
+    def where(self, node: Node) -> tuple[OwnedFd, bytes]:
+        """(directory descriptor, name) of the real object now; an empty name means the descriptor is the object. Raises OSError."""
+        if node.pin is not None:
+            return node.pin, b""
+        if node.in_upper:
+            if node.parent is None:
+                return self.upper_fd(self._as_directory(node)), b""
+            return self.upper_fd(node.parent), node.name
+        if node.id == ROOT:
+            return self.stack.open(self.root.lowers[0]), b""
+        assert node.home is not None
+        return self.stack.open(node.home), node.home_name
+
+    @staticmethod
+    def _as_directory(node: Node) -> Directory:
+        if not isinstance(node, Directory):
+            fail(errno.ENOENT)
+        return node
+
+    def real_path(self, node: Node) -> tuple[bytes, bool, OwnedFd]:
+        """A path for calls that take no descriptor; whether to follow its last component (never a user's link); what keeps it valid."""
+        fd, name = self.where(node)
+        if name:
+            return at_path(fd.fd, name), False, fd
+        return fd_path(fd.fd), True, fd
+
+    def upper_object(self, fd: OwnedFd, name: bytes) -> OwnedFd:
+        """An O_PATH descriptor of exactly the object that `where` named: for calls that would follow a symbolic link. Raises OSError."""
+        if not name:
+            return fd
+        return OwnedFd(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd.fd))
+
+    def stat_real(self, node: Node) -> os.stat_result:
+        fd, name = self.where(node)
+        if name:
+            return os.stat(name, dir_fd=fd.fd, follow_symlinks=False)
+        return os.fstat(fd.fd)
+
+    def open_real(self, fd: OwnedFd, name: bytes, flags: int) -> OwnedFd:
+        """Opens what `where` or `data_location` named. Raises OSError."""
+        if name:
+            return OwnedFd(os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd.fd))
+        return OwnedFd(os.open(fd_path(fd.fd), flags | os.O_CLOEXEC))
+
+    def data_location(self, node: File) -> tuple[OwnedFd, bytes]:
+        """Where the bytes of a file are now: as `where`, but the lower file for a metadata-only one. Raises OSError(EIO) without data."""
+        if not self.is_metacopy(node):
+            return self.where(node)
+        fd, name = self.where(node)
+        target = None
+        if node.in_upper:
+            below = -1
+            target = self._checked_redirect(fd, name)
+        else:
+            assert node.home is not None
+            below = node.home.layer.index
+            target = self._checked_redirect(fd, name)
+        home, data_name = data_source(self.stack, node.lookup_dirs, node.home_name, target, below)
+        return self.stack.open(home), data_name
+
+    def _checked_redirect(self, fd: OwnedFd, name: bytes) -> bytes | None:
+        path = at_path(fd.fd, name) if name else fd_path(fd.fd)
+        try:
+            value = os.getxattr(path, self.stack.names.redirect, follow_symlinks=not name)
+        except OSError as error:
+            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+                return None
+            raise
+        return redirect.decode(value)
+
+    def is_metacopy(self, node: File) -> bool:
+        if node.metacopy is None:
+            path, follow, _keep = self.real_path(node)
+            try:
+                os.getxattr(path, self.stack.names.metacopy, follow_symlinks=follow)
+                node.metacopy = True
+            except OSError as error:
+                if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                    raise
+                node.metacopy = False
+        return node.metacopy
+
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    async def load(self, directory: Directory) -> Merged:
+        """The names of a directory, read on first touch, once however many ask. Raises OSError."""
+        while True:
+            if directory.merged is not None:
+                return directory.merged
+            if directory.loading is not None:
+                await directory.loading.wait()
+                continue
+            directory.loading = trio.Event()
+            directory.users += 1
+            try:
+                merged = await self._read_names(directory)
+                # Nothing can have changed the names meanwhile: every change loads first, and a copy-up of the directory itself only
+                # adds an empty upper part.
+                directory.merged = merged
+                self.gate.publish_directory(directory.id, directory.generation, merged.names)
+                return merged
+            finally:
+                directory.loading.set()
+                directory.loading = None
+                directory.users -= 1
+
+    async def _read_names(self, directory: Directory) -> Merged:
+        upper = self.upper_fd(directory) if directory.in_upper else None
+        lowers = [(home, self.stack.open(home)) for home in directory.lowers]
+        size = sum(os.fstat(fd.fd).st_size for _, fd in lowers)
+        if upper is not None:
+            size += os.fstat(upper.fd).st_size
+        work = partial(merge_directory, upper, lowers, self.stack.names)
+        if size <= _THREAD_ABOVE:
+            return work()
+        return await trio.to_thread.run_sync(work, limiter=self._load_limiter)
+
+    async def find(self, parent: Directory, name: bytes) -> Entry | None:
+        """The entry `name` in `parent`; None when there is none. Raises OSError (ENOENT for a removed parent)."""
+        if len(name) > NAME_MAX:
+            fail(errno.ENAMETOOLONG)
+        merged = parent.merged if parent.merged is not None else await self.load(parent)
+        return merged.names.get(name)
+
+    # -- attributes --------------------------------------------------------------------------------------------
+
+    async def attributes(self, node: Node) -> Attributes:
+        """Raises OSError."""
+        st = self.stat_real(node)
+        if isinstance(node, File):
+            node.is_regular = stat.S_ISREG(st.st_mode)
+            if node.in_upper:
+                return self._upper_attributes(node, st, st.st_nlink)
+            nlink = st.st_nlink
+            if node.parent is None:
+                nlink = 0
+            elif nlink > 1 and self.links is not None:
+                nlink = await self.links.count(node, nlink)
+            return Attributes(st, node.id, nlink, st.st_ctime_ns, st.st_blocks)
+        assert isinstance(node, Directory)
+        parts = len(node.lowers) + node.in_upper
+        if node.in_upper:
+            return self._upper_attributes(node, st, st.st_nlink if parts == 1 else 1)
+        return Attributes(st, node.id, st.st_nlink if parts == 1 else 1, st.st_ctime_ns, st.st_blocks)
+
+    def _upper_attributes(self, node: Node, st: os.stat_result, nlink: int) -> Attributes:
+        ctime = st.st_ctime_ns
+        kept = self.shown_ctimes.get(st.st_ino)
+        if kept is not None and kept[0] == ctime:
+            ctime = kept[1]
+        blocks = st.st_blocks
+        if (
+            blocks == 0
+            and st.st_size
+            and isinstance(node, File)
+            and node.is_regular
+            and self.is_metacopy(node)
+        ):
+            # tar and cp take "no blocks" for "all hole": show those of the file that has the data.
+            try:
+                fd, name = self.data_location(node)
+                blocks = os.stat(name, dir_fd=fd.fd, follow_symlinks=False).st_blocks
+            except OSError:
+                pass
+        return Attributes(st, node.id, nlink, ctime, blocks)
+
+    def keep_ctime(self, node: Node, shown: int) -> None:
+        """Shows `shown` as ctime of an upper object until something really changes it: a copy-up is not a change."""
+        st = self.stat_real(node)
+        self.shown_ctimes[st.st_ino] = (st.st_ctime_ns, shown)
+
+    def shown_ctime(self, node: Node) -> int:
+        st = self.stat_real(node)
+        if node.in_upper:
+            kept = self.shown_ctimes.get(st.st_ino)
+            if kept is not None and kept[0] == st.st_ctime_ns:
+                return kept[1]
+        return st.st_ctime_ns
+
+    def changed(self, node: Node) -> None:
+        """Something really changed `node`: its own ctime counts again."""
+        if node.in_upper and self.shown_ctimes:
+            self.shown_ctimes.pop(node.real, None)
+        self.gate.retract_attributes(node.id)
+
+    def path(self, directory: Directory) -> bytes:
+        """Path of a directory in the merged tree, from the root, without a leading slash. Raises OSError(ENOENT) when it is removed."""
+        parts: list[bytes] = []
+        here = directory
+        while here.id != ROOT:
+            if here.parent is None:
+                fail(errno.ENOENT)
+            parts.append(here.name)
+            here = here.parent
+        return b"/".join(reversed(parts))
+
+
+def _unreachable() -> int:
+    raise AssertionError("the pool lost a descriptor between two lines")

@@ -1,0 +1,201 @@
+"""The file system's operations, one method each, for whoever carries the requests. Nothing of FUSE, no decision about layers either: it
+puts the parts together, keeps lookup counts, and says EROFS where there is no upper.
+
+All methods raise OSError with the errno for the caller.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+
+import trio
+
+from layerfs.gate import Gate
+from layerfs.stack import Stack
+from layerfs.upper.upper import Upper
+from layerfs.vfs.attributes import Attributes as AttributeChanges
+from layerfs.vfs.attributes import Change, get_xattr, list_xattrs
+from layerfs.vfs.caller import Caller
+from layerfs.vfs.copyup import CopyUp
+from layerfs.vfs.files import DirectoryHandle, Files, Handle
+from layerfs.vfs.links import LinkIndex
+from layerfs.vfs.namespace import Namespace, New
+from layerfs.vfs.node import Node
+from layerfs.vfs.tree import Attributes, Tree, fail
+
+__all__ = ["Attributes", "Caller", "Change", "DirectoryHandle", "Handle", "New", "Vfs"]
+
+
+@dataclass(slots=True)
+class _Writing:
+    """The parts that only a writable mount has."""
+
+    names: Namespace
+    attributes: AttributeChanges
+    copyup: CopyUp
+
+
+class Vfs:
+    def __init__(
+        self,
+        stack: Stack,
+        upper: Upper | None,
+        nursery: trio.Nursery,
+        *,
+        redirect_dir: bool = True,
+        metacopy: bool = True,
+        gate: Gate | None = None,
+    ) -> None:
+        """`nursery` runs copy-ups; it must outlive all requests. `upper` None: read-only."""
+        self.stack = stack
+        self.upper = upper
+        self.tree = Tree(stack, upper, gate)
+        links = LinkIndex(self.tree, upper_was_empty=_is_empty(stack))
+        self.tree.links = links
+        self._writing: _Writing | None = None
+        copyup = None
+        if upper is not None:
+            copyup = CopyUp(self.tree, upper, links, nursery, metacopy=metacopy and redirect_dir)
+            names = Namespace(self.tree, upper, copyup, redirect_dir=redirect_dir)
+            self._writing = _Writing(names, AttributeChanges(self.tree, upper, copyup), copyup)
+        self.files = Files(self.tree, upper, copyup)
+
+    def _write(self) -> _Writing:
+        if self._writing is None:
+            fail(errno.EROFS)
+        return self._writing
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    async def lookup(self, parent: int, name: bytes) -> Attributes | None:
+        """The object, its lookup count raised; None when the name is absent (which may be remembered)."""
+        directory = self.tree.directory(parent)
+        while True:
+            entry = await self.tree.find(directory, name)
+            if entry is None:
+                return None
+            node = self.tree.child(directory, name, entry)
+            node.users += 1
+            try:
+                attributes = await self.tree.attributes(node)
+            finally:
+                node.users -= 1
+            # Counting links may have awaited: the name must still mean this node, or the kernel would be told something stale.
+            if (
+                entry.node is node
+                and directory.merged is not None
+                and directory.merged.names.get(name) is entry
+            ):
+                node.lookups += 1
+                return attributes
+            self.tree.release(node)
+
+    def forget(self, id: int, count: int) -> None:
+        self.tree.forget(id, count)
+
+    async def getattr(self, id: int) -> Attributes:
+        return await self.tree.attributes(self.tree.node(id))
+
+    async def readlink(self, id: int) -> bytes:
+        fd, name = self.tree.where(self.tree.node(id))
+        return os.readlink(name, dir_fd=fd.fd)
+
+    async def statfs(self) -> os.statvfs_result:
+        layer = self.stack.upper or self.stack.lowers[0]
+        return os.fstatvfs(layer.fd.fd)
+
+    async def opendir(self, id: int) -> int:
+        return (await self.files.open_directory(self.tree.directory(id))).id
+
+    async def rewind(self, handle: int) -> None:
+        await self.files.rewind(self.files.directory(handle))
+
+    def listing(self, handle: int) -> DirectoryHandle:
+        return self.files.directory(handle)
+
+    # -- names -------------------------------------------------------------------------------------------------
+
+    async def make(self, parent: int, name: bytes, new: New, caller: Caller) -> Attributes:
+        """mkdir, mknod, symlink; the lookup count is raised."""
+        node = await self._write().names.make(self.tree.directory(parent), name, new, caller)
+        return await self._born(node)
+
+    async def create(
+        self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[Handle, Attributes]:
+        kept = flags & (os.O_ACCMODE | os.O_SYNC | os.O_DSYNC)
+        node, fd = await self._write().names.create(
+            self.tree.directory(parent), name, New(mode), kept, caller
+        )
+        handle = self.files.adopt(node, fd, flags)
+        return handle, await self._born(node)
+
+    async def _born(self, node: Node) -> Attributes:
+        node.lookups += 1
+        return await self.tree.attributes(node)
+
+    async def link(self, id: int, parent: int, name: bytes, caller: Caller) -> Attributes:
+        node = self.tree.file(id)
+        node.users += 1
+        try:
+            await self._write().names.link(node, self.tree.directory(parent), name, caller)
+            return await self._born(node)
+        finally:
+            node.users -= 1
+
+    async def unlink(self, parent: int, name: bytes, caller: Caller) -> None:
+        await self._write().names.unlink(self.tree.directory(parent), name, caller)
+
+    async def rmdir(self, parent: int, name: bytes) -> None:
+        await self._write().names.rmdir(self.tree.directory(parent), name)
+
+    async def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, caller: Caller
+    ) -> None:
+        await self._write().names.rename(
+            self.tree.directory(parent), name, self.tree.directory(new_parent), new_name, flags, caller
+        )
+
+    # -- attributes --------------------------------------------------------------------------------------------
+
+    async def setattr(self, id: int, change: Change, caller: Caller) -> Attributes:
+        node = self.tree.node(id)
+        node.users += 1
+        try:
+            await self._write().attributes.set(node, change, caller)
+            return await self.tree.attributes(node)
+        finally:
+            node.users -= 1
+            self.tree.release(node)
+
+    async def getxattr(self, id: int, name: bytes) -> bytes:
+        return get_xattr(self.tree, self.tree.node(id), name)
+
+    async def listxattr(self, id: int) -> list[bytes]:
+        return list_xattrs(self.tree, self.tree.node(id))
+
+    async def setxattr(self, id: int, name: bytes, value: bytes, caller: Caller) -> None:
+        await self._write().attributes.set_xattr(self.tree.node(id), name, value, caller)
+
+    async def removexattr(self, id: int, name: bytes, caller: Caller) -> None:
+        await self._write().attributes.remove_xattr(self.tree.node(id), name, caller)
+
+    # -- data --------------------------------------------------------------------------------------------------
+
+    async def open(self, id: int, flags: int, caller: Caller) -> Handle:
+        node = self.tree.file(id)
+        node.users += 1
+        try:
+            return await self.files.open(node, flags, caller)
+        finally:
+            node.users -= 1
+            self.tree.release(node)
+
+
+def _is_empty(stack: Stack) -> bool:
+    if stack.upper is None:
+        return True
+    with os.scandir(stack.upper.fd.fd) as entries:
+        return next(iter(entries), None) is None
