@@ -1,0 +1,1 @@
+"""Carries FUSE requests to `vfs` through pyfuse3."""

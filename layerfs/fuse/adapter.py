@@ -1,0 +1,297 @@
+"""Translates pyfuse3 calls to Vfs and errors to errno. Decides nothing about layers.
+
+Kernel caching: only layerfs changes the tree, and every change comes through the kernel that caches, which invalidates what it
+changed itself (fs/fuse/dir.c). So entries, attributes and absent names are good for ever, and no notification is ever sent.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Awaitable, Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
+
+from layerfs.vfs.vfs import Attributes, Caller, Change, New, Vfs
+
+log = logging.getLogger("layerfs.fuse")
+
+#: Seconds the kernel may keep what it was told.
+FOR_EVER = 1e8
+
+_F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
+
+
+def _errors(method: _F) -> _F:
+    """OSError becomes the caller's errno; anything else is our bug: logged with its traceback, EIO for the caller."""
+
+    @wraps(method)
+    async def guarded(*args: Any) -> Any:
+        try:
+            return await method(*args)
+        except OSError as error:
+            raise FUSEError(error.errno or errno.EIO) from None
+        except FUSEError:
+            raise
+        except Exception:
+            log.exception("%s failed", method.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    return guarded  # type: ignore[return-value]
+
+
+def _caller(ctx: RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid, ctx.pid, ctx.umask)
+
+
+def _entry(attributes: Attributes) -> EntryAttributes:
+    st = attributes.st
+    entry = EntryAttributes()
+    entry.st_ino = attributes.ino
+    entry.entry_timeout = FOR_EVER
+    entry.attr_timeout = FOR_EVER
+    entry.st_mode = st.st_mode
+    entry.st_nlink = attributes.nlink
+    entry.st_uid = st.st_uid
+    entry.st_gid = st.st_gid
+    entry.st_rdev = st.st_rdev
+    entry.st_size = st.st_size
+    entry.st_blksize = st.st_blksize
+    entry.st_blocks = attributes.blocks
+    entry.st_atime_ns = st.st_atime_ns
+    entry.st_mtime_ns = st.st_mtime_ns
+    entry.st_ctime_ns = attributes.ctime_ns
+    return entry
+
+
+def _absent() -> EntryAttributes:
+    """A negative answer that the kernel may keep: inode 0 with a timeout (libfuse, fuse_reply_entry)."""
+    entry = EntryAttributes()
+    entry.st_ino = 0
+    entry.entry_timeout = FOR_EVER
+    return entry
+
+
+class Operations(pyfuse3.Operations):
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = True
+
+    def __init__(self, describe: Callable[[str], bytes | None]) -> None:
+        """`describe` answers the virtual xattrs of the root (`layerfs.mount`, …); None for other names."""
+        super().__init__()
+        self.vfs: Vfs = None  # type: ignore[assignment]  # set before the first request is read
+        self._describe = describe
+        self._owner = os.geteuid()
+        self._absent = _absent()
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    @_errors
+    async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        found = await self.vfs.lookup(parent, name)
+        return self._absent if found is None else _entry(found)
+
+    def forget(  # type: ignore[override]  # pyfuse3 calls it as a plain function, whatever its stub says
+        self, inode_list: Sequence[tuple[int, int]]
+    ) -> None:
+        for inode, count in inode_list:
+            self.vfs.forget(inode, count)
+
+    @_errors
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return _entry(await self.vfs.getattr(inode))
+
+    @_errors
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return await self.vfs.readlink(inode)
+
+    @_errors
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        found = await self.vfs.statfs()
+        data = StatvfsData()
+        for field in (
+            "f_bsize",
+            "f_frsize",
+            "f_blocks",
+            "f_bfree",
+            "f_bavail",
+            "f_files",
+            "f_ffree",
+            "f_favail",
+        ):
+            setattr(data, field, getattr(found, field))
+        data.f_namemax = 255
+        return data
+
+    # -- listing -----------------------------------------------------------------------------------------------
+
+    @_errors
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return await self.vfs.opendir(inode)
+
+    @_errors
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        if start_id == 0:
+            await self.vfs.rewind(fh)
+        handle = self.vfs.listing(fh)
+        names = handle.names
+        offset = start_id
+        while offset < len(names) + 2:
+            if offset < 2:
+                if not await self._reply_dot(handle.node.id, handle.node.parent, offset, token):
+                    return
+            elif not await self._reply_name(handle.node.id, names[offset - 2], offset + 1, token):
+                return
+            offset += 1
+
+    async def _reply_dot(self, id: int, parent: Any, offset: int, token: pyfuse3.ReaddirToken) -> bool:
+        """`.` and `..`, for which the kernel counts no lookup (fs/fuse/readdir.c fuse_direntplus_link)."""
+        entry = EntryAttributes()
+        entry.st_ino = id if offset == 0 or parent is None else parent.id
+        entry.st_mode = stat.S_IFDIR
+        return pyfuse3.readdir_reply(token, b"." if offset == 0 else b"..", entry, offset + 1)
+
+    async def _reply_name(
+        self, directory: int, name: bytes, next_id: int, token: pyfuse3.ReaddirToken
+    ) -> bool:
+        try:
+            found = await self.vfs.lookup(directory, name)
+        except OSError:
+            # A name that cannot be looked up (a nonsense redirect, say) is listed without attributes: node id 0 means just that.
+            entry = EntryAttributes()
+            entry.st_ino = 0
+            return pyfuse3.readdir_reply(token, name, entry, next_id)
+        if found is None:
+            return True  # gone since the listing was begun
+        if pyfuse3.readdir_reply(token, name, _entry(found), next_id):
+            return True
+        self.vfs.forget(found.ino, 1)
+        return False
+
+    @_errors
+    async def releasedir(self, fh: int) -> None:
+        self.vfs.files.release_directory(fh)
+
+    @_errors
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self.vfs.files.fsync_directory(fh)
+
+    # -- names -------------------------------------------------------------------------------------------------
+
+    @_errors
+    async def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        return _entry(await self.vfs.make(parent, name, New(mode | stat.S_IFDIR), _caller(ctx)))
+
+    @_errors
+    async def mknod(
+        self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        return _entry(await self.vfs.make(parent, name, New(mode, rdev=rdev), _caller(ctx)))
+
+    @_errors
+    async def symlink(self, parent: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        return _entry(
+            await self.vfs.make(parent, name, New(stat.S_IFLNK | 0o777, target=target), _caller(ctx))
+        )
+
+    @_errors
+    async def link(
+        self, inode: int, new_parent: int, new_name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        return _entry(await self.vfs.link(inode, new_parent, new_name, _caller(ctx)))
+
+    @_errors
+    async def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
+        await self.vfs.unlink(parent, name, _caller(ctx))
+
+    @_errors
+    async def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
+        await self.vfs.rmdir(parent, name)
+
+    @_errors
+    async def rename(
+        self,
+        parent_old: int,
+        name_old: bytes,
+        parent_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        await self.vfs.rename(parent_old, name_old, parent_new, name_new, flags, _caller(ctx))
+
+    # -- attributes --------------------------------------------------------------------------------------------
+
+    @_errors
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        change = Change(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        return _entry(await self.vfs.setattr(inode, change, _caller(ctx)))
+
+    @_errors
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        if inode == pyfuse3.ROOT_INODE and name.startswith(b"layerfs.") and ctx.uid in (0, self._owner):
+            described = self._describe(os.fsdecode(name))
+            if described is not None:
+                return described
+        return await self.vfs.getxattr(inode, name)
+
+    @_errors
+    async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
+        return await self.vfs.listxattr(inode)
+
+    @_errors
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        await self.vfs.setxattr(inode, name, value, _caller(ctx))
+
+    @_errors
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self.vfs.removexattr(inode, name, _caller(ctx))
+
+    # -- data --------------------------------------------------------------------------------------------------
+
+    @_errors
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        return FileInfo(fh=(await self.vfs.open(inode, flags, _caller(ctx))).id, keep_cache=True)
+
+    @_errors
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        mode = stat.S_IMODE(mode) | stat.S_IFREG
+        handle, attributes = await self.vfs.create(parent_inode, name, mode, flags, _caller(ctx))
+        return FileInfo(fh=handle.id, keep_cache=True), _entry(attributes)
+
+    @_errors
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return await self.vfs.files.read(fh, off, size)  # type: ignore[return-value]  # any buffer does
+
+    @_errors
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        return await self.vfs.files.write(fh, off, buf)
+
+    @_errors
+    async def flush(self, fh: int) -> None:
+        pass  # writes were carried out when they came
+
+    @_errors
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self.vfs.files.fsync(fh, datasync)
+
+    @_errors
+    async def release(self, fh: int) -> None:
+        self.vfs.files.release(fh)

@@ -1,0 +1,131 @@
+"""One mount, from opening the layers to letting go of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable
+
+import pyfuse3
+import trio
+
+import layerfs
+from layerfs.errors import MountError
+from layerfs.fdutil import OwnedFd, syncfs
+from layerfs.fuse.adapter import Operations
+from layerfs.overlay.names import TRUSTED, USER, XattrNames
+from layerfs.stack import Stack
+from layerfs.upper.upper import Upper
+from layerfs.vfs import checks
+from layerfs.vfs.config import StackConfig
+from layerfs.vfs.vfs import Vfs
+
+log = logging.getLogger("layerfs.fuse")
+
+
+def serve(
+    config: StackConfig,
+    mountpoint: str,
+    fuse_options: set[str],
+    ready: Callable[[], None],
+) -> None:
+    """Mounts, calls `ready` when the kernel knows the mount and requests are about to be answered, and returns after it was unmounted
+    (umount, SIGTERM, SIGINT) and the upper synced. Raises LayerfsError before anything is mounted."""
+    os.umask(0)
+    checks.check_stack(config, mountpoint)
+    prefix = _prefix(config)
+    names = XattrNames(prefix)
+    stack = Stack(config.lowers, config.upper, names, pool_capacity=_pool_capacity())
+    upper = None
+    if stack.upper is not None and not config.read_only:
+        assert config.work is not None, "checked"
+        upper = Upper(stack.upper, config.work, names, volatile=config.volatile)
+    operations = Operations(_describer(config, stack, upper, prefix))
+    try:
+        pyfuse3.init(operations, mountpoint, fuse_options)
+    except RuntimeError as error:
+        raise MountError(f"cannot mount on {mountpoint}: {error}") from error
+    try:
+        trio.run(_main, operations, stack, upper, config, ready)
+    finally:
+        pyfuse3.close(unmount=True)
+        _finish(upper)
+
+
+async def _main(
+    operations: Operations, stack: Stack, upper: Upper | None, config: StackConfig, ready: Callable[[], None]
+) -> None:
+    async with trio.open_nursery() as nursery:
+        operations.vfs = Vfs(
+            stack, upper, nursery, redirect_dir=config.redirect_dir, metacopy=config.metacopy
+        )
+        await nursery.start(_end_on_signal)
+        ready()
+        # No limit on requests under way: a hundred that wait for copy-ups must not keep others out.
+        await pyfuse3.main(max_tasks=1 << 20)
+        nursery.cancel_scope.cancel()
+
+
+async def _end_on_signal(task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for _ in signals:
+            pyfuse3.terminate()
+            return
+
+
+def _finish(upper: Upper | None) -> None:
+    """Nothing of a FUSE mount is synced by the kernel when it goes: the daemon does it (overlayfs does in ovl_put_super)."""
+    if upper is None:
+        return
+    try:
+        syncfs(upper.root.fd)
+        if upper.volatile:
+            upper.work.clear_volatile()
+    except OSError:
+        log.exception("the upper could not be synced")
+
+
+def _prefix(config: StackConfig) -> str:
+    if config.userxattr is not None:
+        return USER if config.userxattr else TRUSTED
+    if config.upper is None or config.read_only or config.work is None:
+        return TRUSTED if os.geteuid() == 0 else USER
+    work = OwnedFd(os.open(config.work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    return checks.probe(work.fd).prefix or USER
+
+
+def _pool_capacity() -> int:
+    """Directory descriptors to keep: a quarter of what the process may open, the rest is for open files and pins."""
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, min(soft // 4, 4096))
+
+
+def _describer(
+    config: StackConfig, stack: Stack, upper: Upper | None, prefix: str
+) -> Callable[[str], bytes | None]:
+    mount = json.dumps(
+        {
+            "pid": os.getpid(),
+            "version": layerfs.__version__,
+            "upper": stack.upper.path if stack.upper is not None else None,
+            "work": os.path.abspath(upper.work.path) if upper is not None else None,
+            "lowers": len(stack.lowers),
+            "volatile": config.volatile,
+            "xattr_prefix": prefix,
+        }
+    ).encode()
+
+    def describe(name: str) -> bytes | None:
+        if name == "layerfs.mount":
+            return mount
+        kind, _, number = name.rpartition(".")
+        if kind == "layerfs.lower" and number.isdigit() and int(number) < len(stack.lowers):
+            return os.fsencode(stack.lowers[int(number)].path)
+        return None
+
+    return describe
