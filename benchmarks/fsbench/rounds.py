@@ -19,7 +19,7 @@ from . import jobs
 from .contenders import BenchmarkError, Contender, run
 from .stacks import SHAPES, Stack, mixed
 
-JOB_TIMEOUT = 600  # seconds
+JOB_TIMEOUT = 180  # seconds
 
 
 @dataclass(frozen=True)
