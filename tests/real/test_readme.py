@@ -39,9 +39,12 @@ def commands(*, root: bool) -> Iterator[tuple[str, str]]:
 
 
 def matches(expected: str, got: str) -> bool:
-    pattern = re.escape(expected.rstrip("\n"))
-    pattern = re.sub(r"(?m)^…$", "(?:.*\n?)*?.*", pattern).replace("…", ".*")
-    return re.fullmatch(pattern, got.rstrip("\n")) is not None
+    """Line by line, as glob does with `*`: `…` alone takes as few lines as it can."""
+    lines = [
+        r"(?:.*\n)*?" if line == "…" else re.escape(line).replace("…", ".*") + r"\n"
+        for line in expected.splitlines()
+    ]
+    return re.fullmatch("".join(lines), got.rstrip("\n") + "\n" if got.strip() else "") is not None
 
 
 @pytest.mark.parametrize("user", ["root", "ordinary"])
