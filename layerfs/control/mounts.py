@@ -2,7 +2,7 @@
 
 A mounted layerfs answers getxattr on its root for virtual names, to root and to the mount's owner:
 
-    layerfs.mount     JSON: pid, version, upper, work (null without), lowers (a number), volatile, prefix
+    layerfs.mount     JSON: pid, version, upper and work (or null), lowers (a number), volatile, xattr_prefix
     layerfs.lower.N   path of lower N, counted from the top
 """
 
@@ -55,7 +55,7 @@ def describe(mountpoint: str) -> MountInfo:
             said.get("upper"),
             said.get("work"),
             bool(said.get("volatile")),
-            said.get("prefix"),
+            said.get("xattr_prefix"),
         )
     except OSError as error:
         reason = {

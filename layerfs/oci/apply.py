@@ -76,6 +76,12 @@ def apply_layer(fd: int, target: str) -> Applied:
         os.lseek(fd, start, os.SEEK_SET)
     source = LayerSource(fd)
     applier = _Applier(target)
+    # What it holds open must not live as long as somebody keeps an exception.
+    with contextlib.closing(applier):
+        return _run(applier, source, target)
+
+
+def _run(applier: _Applier, source: LayerSource, target: str) -> Applied:
     part = f"{display(os.fsencode(target))} holds a part of the layer now"
     try:
         return applier.run(source)
@@ -145,7 +151,10 @@ class _Plan:
         directory, _ = split(member.name)
         what = f"member {display(member.name)}"
         if mark is not Mark.ENTRY:
-            if self._walk(directory, what, make=False) is Kind.DIR:
+            kind = self._walk(directory, what, make=False)
+            if kind is Kind.SYMLINK:
+                raise _behind_link(what)
+            if kind is Kind.DIR:
                 if mark is Mark.OPAQUE:
                     self._emptied.add(directory)
                 else:
@@ -248,6 +257,8 @@ class _Applier:
         #: Names that this layer has made, by directory, directories on the way to them included: whiteouts
         #: hide the layers below only.
         self._own: dict[bytes, set[bytes]] = {}
+        #: Those among them that no member has named (yet).
+        self._implied: set[bytes] = set()
         #: Directories of this layer: their attributes are set at the end, as making things in them changes
         #: times, and modes may forbid it.
         self._directories: dict[bytes, Member] = {}
@@ -260,6 +271,11 @@ class _Applier:
         # No member can have this name: it would be taken for AUFS's.
         self._temporary = b".wh..wh.layerfs-" + secrets.token_hex(6).encode()
         self._made_up = made_up_time() * 1_000_000_000 if os.environ.get("SOURCE_DATE_EPOCH") else None
+
+    def close(self) -> None:
+        if self._parent is not None:
+            self._parent.fd.close()
+        self._root.close()
 
     def run(self, source: LayerSource) -> Applied:
         reader = TarReader(source, self._result.notes)
@@ -300,8 +316,9 @@ class _Applier:
             self._directories[b""] = member
             return
         parent = self._open_parent(directory, member.name)
-        again = name in self._own.get(directory, ())
-        if again and (member.kind is not Kind.DIR or member.name in self._directories):
+        if member.name in self._implied:
+            self._implied.discard(member.name)
+        elif name in self._own.get(directory, ()):
             self._tally.add("is in the layer more than once: the last one counts", member.name)
         if member.kind is Kind.DIR:
             self._make_directory(parent, name, member)
@@ -367,11 +384,9 @@ class _Applier:
             source = OwnedFd(openat2(self._root.fd, directory or b".", flags, resolve=_BENEATH))
             st = os.stat(last, dir_fd=source.fd, follow_symlinks=False)
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EXDEV):
-                raise _behind_link(wanted) from None
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            if error.errno == errno.ENOENT:
                 raise TarError(f"{wanted}: that is not there") from None
-            raise
+            raise self._in_the_way(directory, wanted, error) from None
         if stat.S_ISDIR(st.st_mode):
             raise TarError(f"{wanted}: that is a directory")
         os.link(last, name, src_dir_fd=source.fd, dst_dir_fd=parent.fd.fd, follow_symlinks=False)
@@ -424,13 +439,7 @@ class _Applier:
                 here, name = split(here)
                 missing.append(name)
             except OSError as error:
-                what = f"member {display(member)}"
-                if error.errno in (errno.ELOOP, errno.EXDEV):
-                    raise _behind_link(what) from None
-                if error.errno == errno.ENOTDIR:
-                    # With O_DIRECTORY a symbolic link as the last component is answered so, too.
-                    raise TarError(f"{what} lies below something that is no directory") from None
-                raise
+                raise self._in_the_way(here, f"member {display(member)}", error) from None
         self._touch(here, fd)
         while missing:
             name = missing.pop()
@@ -442,10 +451,14 @@ class _Applier:
             here = join(here, name)
             if self._made_up is not None:
                 self._touched[here] = (self._made_up, 0o755)
-        above, name = split(path)
-        while name:
-            self._own.setdefault(above, set()).add(name)
-            above, name = split(above)
+        while here:
+            above, name = split(here)
+            own = self._own.setdefault(above, set())
+            if name in own:
+                break  # and so are those above it
+            own.add(name)
+            self._implied.add(here)
+            here = above
         self._parent = _Parent(path, fd, _has_default_acl(fd.fd))
         return self._parent
 
@@ -460,6 +473,27 @@ class _Applier:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
             self._touch(path, OwnedFd(openat2(self._root.fd, path or b".", flags, resolve=_BENEATH)))
             return OwnedFd(openat2(self._root.fd, path or b".", _DIRECTORY, resolve=_BENEATH))
+
+    def _in_the_way(self, path: bytes, what: str, error: OSError) -> Exception:
+        """What to raise when the directory `path` cannot be opened."""
+        if error.errno not in (errno.ELOOP, errno.EXDEV, errno.ENOTDIR):
+            return error
+        # For a symbolic link as the last component, O_DIRECTORY makes it ENOTDIR as well.
+        if self._is_behind_link(path):
+            return _behind_link(what)
+        return TarError(f"{what} lies below something that is no directory")
+
+    def _is_behind_link(self, path: bytes) -> bool:
+        here = b""
+        for part in path.split(b"/"):
+            here = join(here, part)
+            try:
+                fd = OwnedFd(openat2(self._root.fd, here, os.O_PATH | os.O_NOFOLLOW, resolve=_BENEATH))
+            except FileNotFoundError:
+                return False
+            if not stat.S_ISDIR(os.fstat(fd.fd).st_mode):
+                return stat.S_ISLNK(os.fstat(fd.fd).st_mode)
+        return False
 
     def _touch(self, path: bytes, fd: OwnedFd) -> None:
         """To be called before names in a directory change. The layer may not name it, and then it looks
@@ -478,12 +512,12 @@ class _Applier:
         Raises TarError behind a symbolic link."""
         try:
             return self._open(directory)
+        except FileNotFoundError:
+            return None
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            if error.errno == errno.ENOTDIR and not self._is_behind_link(directory):
                 return None
-            if error.errno in (errno.ELOOP, errno.EXDEV):
-                raise _behind_link(f"member {display(member)}") from None
-            raise
+            raise self._in_the_way(directory, f"member {display(member)}", error) from None
 
     def _hide(self, directory: bytes, name: bytes, member: bytes) -> None:
         """A whiteout: removes what the layers below have under the name, and nothing of this layer."""

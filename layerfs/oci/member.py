@@ -52,25 +52,23 @@ class Member:
 
 
 def display(name: bytes) -> str:
-    """`name` for a message or a listing: one line, control characters and backslashes escaped, undecodable
-    bytes as `\\xNN`."""
-    text = name.decode("utf-8", "backslashreplace") if b"\\" not in name else None
-    if text is not None and text.isprintable():
+    """`name` for a message or a listing: one line that stands for nothing else. Bytes that are no UTF-8 and
+    ASCII controls are `\\xNN`, other unprintable characters `\\uNNNN`, a backslash is doubled."""
+    text = os.fsdecode(name)
+    if text.isprintable() and "\\" not in text:
         return text
-    out = []
-    for char in os.fsdecode(name):
-        code = ord(char)
-        if char == "\\":
-            out.append("\\\\")
-        elif 0xDC80 <= code <= 0xDCFF:
-            out.append(f"\\x{code - 0xDC00:02x}")
-        elif char.isprintable():
-            out.append(char)
-        else:
-            out.append(
-                {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(char) or char.encode("unicode_escape").decode()
-            )
-    return "".join(out)
+    return "".join(_display_char(char) for char in text)
+
+
+def _display_char(char: str) -> str:
+    code = ord(char)
+    if char == "\\" or char in "\n\t\r":
+        return {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}[char]
+    if char.isprintable():
+        return char
+    if code < 0x80 or 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code & 0xFF:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def join(directory: bytes, name: bytes) -> bytes:
@@ -99,7 +97,8 @@ def plain_path(raw: bytes, what: str = "member") -> bytes:
     if b".." in parts:
         raise TarError(f"{what} {display(raw)}: its name has a '..'")
     path = b"/".join(parts)
-    if len(path) > MAX_PATH or any(len(part) > MAX_NAME for part in parts):
+    # The longest name there is can have a whiteout, which no file system could hold but a tar can.
+    if len(path) > MAX_PATH or any(len(part.removeprefix(whiteout.PREFIX)) > MAX_NAME for part in parts):
         raise TarError(f"{what} {display(path[:60])}...: its name is too long")
     return path
 

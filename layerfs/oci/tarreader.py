@@ -195,7 +195,8 @@ class TarReader:
 
     @staticmethod
     def _checksum(block: bytes) -> None:
-        told = _number(block[148:156], "checksum")
+        digits = block[148:156].strip(b" \0")
+        told = int(digits, 8) if re.fullmatch(rb"[0-7]+", digits) else -1
         total = sum(block) - sum(block[148:156]) + 8 * 0x20
         # Some old writers summed signed bytes.
         if told != total and told != total - 256 * sum(byte >= 0x80 for byte in block[:148] + block[156:]):
