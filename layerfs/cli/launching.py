@@ -50,7 +50,7 @@ def mount(
     source: str | None = None,
     note: Callable[[str], None],
 ) -> None:
-    """Check and mount; returns when the mount is usable, or with `foreground` when it has ended.
+    """Check and mount. Exits with 0 when the mount is usable; returns with `foreground` when it has ended.
 
     `fake`: check only. Raises LayerfsError.
     """
@@ -105,6 +105,7 @@ def mount(
         daemon, _ahead = _ahead or fork_daemon(load_serve), None
         daemon.start(request)
         keep_work()
+        daemon.keep_and_exit()
 
 
 @contextmanager

@@ -27,6 +27,8 @@ from layerfs.vfs.config import StackConfig
 
 _READY = b"R"
 _FAILED = b"E"
+#: The parent's last word: the mount stays.
+_KEEP = b"K"
 #: Lines that libfuse and its helper write to stderr when a mount fails: the reason behind pyfuse3's bare
 #: RuntimeError.
 _REASONS = ("fuse:", "fusermount")
@@ -67,7 +69,9 @@ class MountRequest:
 
 
 class Daemon:
-    """The forked process, seen from its parent. Ends with `start`, or with `abandon`."""
+    """The forked process, seen from its parent. Needs `start` and then `keep_and_exit`, or it ends with its
+    parent.
+    """
 
     def __init__(self, pid: int, request_fd: int, status_fd: int) -> None:
         self.pid = pid
@@ -81,9 +85,8 @@ class Daemon:
         from layerfs.runtime import mounts
 
         try:
-            _write_all(self._request_fd, request.encode())
-            os.close(self._request_fd)
-            self._request_fd = -1
+            data = request.encode()
+            _write_all(self._request_fd, len(data).to_bytes(8, "little") + data)
             said = _read_all(self._status_fd)
         except BaseException:
             self.abandon()
@@ -106,6 +109,20 @@ class Daemon:
             raise error
         ended = f"signal {-status}" if status < 0 else f"exit code {status}"
         raise MountError(f"the daemon ended before the mount was usable ({ended})")
+
+    def keep_and_exit(self) -> NoReturn:
+        """Let the daemon live on, and end this process with success: one act, as far as signals are
+        concerned.
+
+        Whoever sees another exit code than 0 may rely on there being no mount; only SIGKILL between the last
+        two system calls could tell a lie.
+        """
+        import signal
+
+        _flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        _write_all(self._request_fd, _KEEP)
+        os._exit(0)
 
     def abandon(self) -> None:
         """End the daemon, whatever it is doing, and wait for it: a mount it made is unmounted by it."""
@@ -191,18 +208,20 @@ def _daemon_main(load: Loader, request_fd: int, status_fd: int) -> NoReturn:
 
 
 def _daemon(load: Loader, request_fd: int, status_fd: int, stderr: _CapturedStderr) -> int:
+    import threading
+
     serve: Serve | None = None
     failure: Exception | None = None
     try:
         serve = _load_quickly(load)
     except Exception as error:  # noqa: BLE001 - reported once there is somebody who asked
         failure = error
-    data = _read_all(request_fd)
-    os.close(request_fd)
+    data = _read_exactly(request_fd, int.from_bytes(_read_exactly(request_fd, 8), "little"))
     if not data:
         return 0  # the parent found something wrong and said so
     request = MountRequest.decode(data)
     announced = False
+    log = -1
 
     def ready() -> None:
         nonlocal announced
@@ -210,14 +229,10 @@ def _daemon(load: Loader, request_fd: int, status_fd: int, stderr: _CapturedStde
         os.chdir("/")
         stderr.replace_by(log)
         announced = True
-        try:
-            os.write(status_fd, _READY)
-        except BrokenPipeError:
-            # Whoever wanted this mount was killed meanwhile and cannot know that it is there.
-            import signal
-
-            os.kill(os.getpid(), signal.SIGTERM)
+        _write_all(status_fd, _READY)
         os.close(status_fd)
+        # The parent looks at the mount before it says "keep", so the loop must run meanwhile.
+        threading.Thread(target=_end_unless_kept, args=(request_fd,), daemon=True).start()
 
     try:
         log = _open_log(request.log)
@@ -232,13 +247,25 @@ def _daemon(load: Loader, request_fd: int, status_fd: int, stderr: _CapturedStde
             return 1
         if not isinstance(error, LayerfsError):
             _log_exception()
-        stderr.copy_to(log)
+        if log >= 0:
+            stderr.copy_to(log)
         mount_error = _as_mount_error(error, stderr.text())
         _write_all(
             status_fd, _FAILED + marshal.dumps((mount_error.exit_code, mount_error.errno, str(mount_error)))
         )
         return 1
     return 0
+
+
+def _end_unless_kept(request_fd: int) -> None:
+    """Whoever wanted this mount may be killed before it could tell anybody that it is there: then it is
+    not.
+    """
+    import signal
+
+    if os.read(request_fd, 1) != _KEEP:
+        os.kill(os.getpid(), signal.SIGTERM)
+    os.close(request_fd)
 
 
 def _serve(request: MountRequest, serve: Serve, ready: Callable[[], None]) -> None:
@@ -402,3 +429,14 @@ def _read_all(fd: int) -> bytes:
     while piece := os.read(fd, 65536):
         pieces.append(piece)
     return b"".join(pieces)
+
+
+def _read_exactly(fd: int, size: int) -> bytes:
+    """`size` bytes; empty when the writer went away before."""
+    data = b""
+    while len(data) < size:
+        piece = os.read(fd, size - len(data))
+        if not piece:
+            return b""
+        data += piece
+    return data

@@ -1,0 +1,310 @@
+"""From `mount` returning to the daemon's end: every way to end it, and what is left after each."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import mounts
+
+from .conftest import Box, eventually
+
+Way = str
+WAYS = ["layerfs umount", "SIGTERM", "SIGINT", "umount", "fusermount3"]
+
+
+def end(box: Box, way: Way) -> None:
+    if way == "layerfs umount":
+        box.umount()
+    elif way.startswith("SIG"):
+        box.kill(signal.Signals[way])
+    elif way == "umount":
+        if not box.is_root:
+            pytest.skip("umount(8) of a FUSE mount is root's")
+        mounts.umount(box("m"))
+    else:
+        done = box.run("fusermount3", "-u", box("m"))
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_end(box: Box, way: Way) -> None:
+    box.mount()
+    assert box.run("cat", box("m/in-a"), box("m/in-b")).stdout == "ab"
+    assert box.run("sh", "-c", f"echo new > {box('m/new')}; rm {box('m/in-a')}").returncode == 0
+    assert not box.is_free("u") and not box.is_free("w")
+    end(box, way)
+    box.assert_gone()
+    assert (box.dir / "u/new").read_text() == "new\n"
+    left = [box(f"w/work/{name}") for name in os.listdir(box("w/work"))]
+    assert all(stat.S_ISCHR(os.lstat(each).st_mode) for each in left), (
+        "more than a spare whiteout in the work directory"
+    )
+    box.mount()
+    assert box.run("cat", box("m/new")).stdout == "new\n"
+    assert box.run("cat", box("m/in-a")).returncode != 0
+    box.umount()
+
+
+@pytest.mark.parametrize("way", ["layerfs umount", "mount again"])
+def test_killed(box: Box, way: str) -> None:
+    box.mount()
+    assert box.run("sh", "-c", f"echo new > {box('m/new')}; sync {box('m/new')}").returncode == 0
+    box.kill(signal.SIGKILL)
+    done = box.run("ls", box("m"))
+    assert os.strerror(errno.ENOTCONN) in done.stderr
+    if way == "layerfs umount":
+        box.umount()
+        box.assert_gone()
+        box.mount()
+    else:
+        done = box.layerfs("mount", "--lower", box("a"), "--upper", box("u"), "--work", box("w"), box("m"))
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == f"layerfs mount: a dead mount was cleared off {box('m')}\n"
+    assert box.run("cat", box("m/new")).stdout == "new\n"
+    assert len(box.mounted()) == 1
+    box.umount()
+    box.assert_gone()
+
+
+def test_killed_while_a_process_is_inside(box: Box) -> None:
+    box.mount()
+    inside = box.popen("sh", "-c", "echo in; exec sleep 60", cwd="/" if not box.is_root else box("m"))
+    assert inside.stdout is not None and inside.stdout.readline() == "in\n"
+    daemon = next(pid for pid in box.daemons() if pid != inside.pid)
+    os.kill(daemon, signal.SIGKILL)
+    assert eventually(lambda: daemon not in box.daemons())
+    box.umount()
+    assert not box.mounted()
+    inside.kill()
+    inside.communicate()
+
+
+def test_busy(box: Box) -> None:
+    box.mount()
+    inside = box.popen("sh", "-c", f"exec < {box('m/in-a')}; echo in; exec sleep 60")
+    assert inside.stdout is not None and inside.stdout.readline() == "in\n"
+    done = box.layerfs("umount", box("m"))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "is busy" in done.stderr
+    assert box.is_mounted()
+    done = box.layerfs("umount", "--lazy", box("m"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not box.mounted()
+    inside.kill()
+    inside.communicate()
+    box.assert_gone()
+
+
+def test_the_caller_is_not_kept_waiting(box: Box) -> None:
+    """podman reads stderr until every holder has closed it."""
+    done = box.run(
+        "sh", "-c", '"$@" 2>&1 | cat', "sh", *mounts.layerfs_command(), "mount", "--lower", box("a"), box("m"),
+        timeout=10,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "")
+    box.umount()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_caller_with_closed_descriptors(box: Box, closed: str) -> None:
+    done = box.run(
+        "sh", "-c", f'exec "$@" {closed}', "sh", *mounts.layerfs_command(), "mount", "--lower", box("a"),
+        "--upper", box("u"), box("m"),
+    )  # fmt: skip
+    assert done.returncode == 0 and box.is_mounted()
+    assert box.run("cat", box("m/in-a")).stdout == "a"
+    done = box.run("sh", "-c", f'exec "$@" {closed}', "sh", *mounts.layerfs_command(), "umount", box("m"))
+    assert done.returncode == 0
+    box.assert_gone()
+
+
+def test_what_the_daemon_keeps_of_its_caller(box: Box) -> None:
+    """Nothing: no terminal, no session, no directory, no descriptors, no blocked signals, no limits."""
+    box.mkdir("cwd")
+    read, write = os.pipe()
+
+    def deaf_and_poor() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.umask(0o077)
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[1]), before[1]))
+    try:
+        box.mount(pass_fds=(write,), preexec_fn=deaf_and_poor, cwd=box("cwd"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    os.close(write)
+    assert os.read(read, 1) == b"", "the daemon holds a descriptor of its caller"
+    os.close(read)
+    pid = box.daemon()
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)] == ["/dev/null"] * 3
+    assert os.getsid(pid) == pid
+    limits = [line for line in Path(f"/proc/{pid}/limits").read_text().splitlines() if "open files" in line]
+    assert limits[0].split()[3:5] == [str(before[1])] * 2
+    status = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+    )
+    assert int(status["SigBlk"], 16) == 0 and status["Umask"].strip() == "0000"
+    box.kill(signal.SIGTERM)
+    box.assert_gone()
+
+
+def test_relative_paths_are_the_callers(box: Box) -> None:
+    os.symlink("a", box("link"))
+    arguments = ["--lower", "link", "--lower", "b/../b", "--upper", "./u", "--work", "w", "m"]
+    done = box.layerfs("mount", *arguments, cwd=str(box.dir))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert box.run("cat", box("m/in-a"), box("m/in-b")).stdout == "ab"
+    done = box.layerfs("umount", "../m", cwd=box("a"))
+    assert (done.returncode, done.stderr) == (0, "")
+    box.assert_gone()
+
+
+def test_umount_through_a_symlink(box: Box) -> None:
+    box.mount()
+    os.symlink("m", box("link"))
+    assert box.layerfs("umount", box("link")).returncode == 0
+    box.mount()
+    box.kill(signal.SIGKILL)
+    assert box.layerfs("umount", box("m")).returncode == 0
+    box.assert_gone()
+
+
+@pytest.mark.parametrize(
+    "name", ["with space", "co:lon", "com,ma", "back\\slash", "new\nline", 'quo"te', "ü\udcff"]
+)
+def test_odd_names(box: Box, name: str) -> None:
+    for each in ("lower", "upper", "work", "mnt"):
+        box.mkdir(f"{name}/{each}")
+    (box.dir / name / "lower/file").write_text("data")
+    lower, upper, work, mnt = (box(f"{name}/{each}") for each in ("lower", "upper", "work", "mnt"))
+    done = box.layerfs("mount", "--lower", lower, "--lower", box("a"), "--upper", upper, "--work", work, mnt)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert box.run("cat", f"{mnt}/file", f"{mnt}/in-a").stdout == "dataa"
+    done = box.layerfs("umount", mnt)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not box.mounted()
+
+
+def test_default_work_directory(box: Box) -> None:
+    done = box.layerfs("mount", "--lower", box("a"), "--upper", box("u"), box("m"))
+    assert (done.returncode, done.stderr) == (0, "") and os.path.isdir(box("u.work"))
+    box.umount()
+    done = box.layerfs("mount", "--lower", box("a"), "--upper", box("u"), box("m"))
+    assert (done.returncode, done.stderr) == (0, "")
+    box.umount()
+
+
+def test_read_only_without_upper(box: Box) -> None:
+    done = box.layerfs("mount", "--lower", box("a"), "--lower", box("b"), box("m"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert box.run("cat", box("m/in-a"), box("m/in-b")).stdout == "ab"
+    assert os.strerror(errno.EROFS) in box.run("touch", box("m/x")).stderr
+    box.umount()
+
+
+def test_ephemeral(box: Box) -> None:
+    box.env["TMPDIR"] = box.mkdir("tmp")
+    os.chmod(box("a"), 0o751)
+    done = box.layerfs("mount", "--lower", box("a"), "--ephemeral", box("m"))
+    assert (done.returncode, done.stderr) == (0, "")
+    (scratch,) = os.listdir(box("tmp"))
+    script = (
+        f"echo x > {box('m/x')} && mkdir -p {box('m/d/e')} && touch {box('m/d/e/f')} && chmod 0 {box('m/d')}"
+    )
+    assert box.run("sh", "-c", script).returncode == 0
+    assert box.run("stat", "-c", "%a", box("m")).stdout == "751\n"
+    box.umount()
+    assert os.listdir(box("tmp")) == []
+    assert os.listdir(box("a")) == ["in-a"]
+
+
+def test_what_a_killed_ephemeral_mount_leaves_goes_with_the_next(box: Box) -> None:
+    box.env["TMPDIR"] = box.mkdir("tmp")
+    argv = ["mount", "--lower", box("a"), "--ephemeral", box("m")]
+    assert box.layerfs(*argv).returncode == 0
+    (first,) = os.listdir(box("tmp"))
+    box.kill(signal.SIGKILL)
+    assert os.listdir(box("tmp")) == [first]
+    assert box.layerfs(*argv).returncode == 0
+    (second,) = os.listdir(box("tmp"))
+    assert second != first
+    box.kill(signal.SIGKILL)
+    box.umount()
+    assert os.listdir(box("tmp")) == []
+
+
+def test_ephemeral_that_fails_leaves_nothing(box: Box) -> None:
+    box.env["TMPDIR"] = box.mkdir("tmp")
+    done = box.layerfs("mount", "--lower", box("nope"), "--ephemeral", box("m"))
+    assert done.returncode == 1 and os.listdir(box("tmp")) == []
+    box.env["TMPDIR"] = box("nowhere")
+    done = box.layerfs("mount", "--lower", box("a"), "--ephemeral", box("m"))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "TMPDIR" in done.stderr
+
+
+# --- in the foreground ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_foreground(box: Box, way: Way) -> None:
+    process = box.popen(
+        *mounts.layerfs_command(), "mount", "--foreground", "--lower", box("a"), "--upper", box("u"), "--work",
+        box("w"), box("m"),
+    )  # fmt: skip
+    assert eventually(box.is_mounted)
+    assert box.run("cat", box("m/in-a")).stdout == "a"
+    if way.startswith("SIG"):
+        process.send_signal(signal.Signals[way])
+    else:
+        end(box, way)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "", "")
+    box.assert_gone()
+
+
+def test_foreground_refused(box: Box) -> None:
+    done = box.layerfs("mount", "--foreground", "--lower", box("nope"), box("m"))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert not box.mounted()
+
+
+# --- when the mount command itself is interrupted -------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_at_any_moment(box: Box, how: signal.Signals) -> None:
+    """Whenever `layerfs mount` is interrupted: either nobody knows of the mount and there is none, or it had
+    returned.
+    """
+    argv = [
+        *mounts.layerfs_command(),
+        "mount",
+        "--lower",
+        box("a"),
+        "--upper",
+        box("u"),
+        "--work",
+        box("w"),
+        box("m"),
+    ]
+    for step in range(12):
+        process = box.popen(*argv)
+        time.sleep(step * 0.02)
+        process.send_signal(how)
+        out, err = process.communicate(timeout=20)
+        # Python's own, when it is interrupted before our first line runs.
+        assert "Traceback" not in err or err.endswith("KeyboardInterrupt\n"), err
+        if process.returncode == 0:
+            assert box.is_mounted()
+            box.umount()
+        box.assert_gone()
