@@ -78,6 +78,7 @@ def mount(
         options,
         root=os.geteuid() == 0,
         read_only=config.read_only or not (config.upper or ephemeral),
+        labels=os.path.exists("/sys/fs/selinux/enforce"),
         source=source,
     )
     for line in notes:

@@ -65,8 +65,9 @@ def umount(mountpoint: str, *, lazy: bool) -> None:
             f"{shown(mountpoint)} was mounted by user {os.fsdecode(owner)}: only they or root may unmount it",
             errno.EPERM,
         )
-    dead = mounts.is_dead(mountpoint)
-    served = _Served() if dead else _who_serves(mountpoint, entry.device)
+    # --lazy is for mounts that may not answer any more: then nothing is asked of them.
+    dead = not lazy and mounts.is_dead(mountpoint)
+    served = _Served() if dead else _who_serves(None if lazy else mountpoint, entry.device)
     try:
         # Nobody can do anything in a dead mount any more: what still works in it must not keep it here.
         mounts.detach(entry.target, lazy=lazy or dead)
@@ -83,9 +84,11 @@ def umount(mountpoint: str, *, lazy: bool) -> None:
         ephemeral.sweep()
 
 
-def _who_serves(mountpoint: str, device: int) -> _Served:
+def _who_serves(mountpoint: str | None, device: int) -> _Served:
     served = _Served()
     try:
+        if mountpoint is None:
+            raise ValueError
         info = json.loads(os.getxattr(mountpoint, INFO_ATTRIBUTE))
         served.pid = int(info["pid"])
         if info.get("upper") and not info.get("volatile"):

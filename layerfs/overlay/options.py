@@ -268,13 +268,14 @@ def _path_given(name: str, value: str | None) -> str:
 
 
 def kernel_mount_options(
-    options: MountOptions, *, root: bool, read_only: bool, source: str | None = None
+    options: MountOptions, *, root: bool, read_only: bool, labels: bool = False, source: str | None = None
 ) -> tuple[frozenset[str], list[str]]:
     """The options to mount with, defaults included (CONTRACTS 2.10), and notes on those that had to be
     dropped.
 
     `root`: effective uid 0. An ordinary user mounts through fusermount3, which sets nosuid and nodev itself.
-    `source`: what mountinfo shows as the mounted device. Escaped as libfuse's fuse_opt wants it.
+    `labels`: the kernel knows SELinux labels; without it would refuse `context=`, which podman may say all
+    the same. `source`: what mountinfo shows as the mounted device. Escaped as libfuse's fuse_opt wants it.
     """
     fsname = (source or "layerfs").replace("\\", "\\\\").replace(",", "\\,")
     chosen: dict[str, str] = {
@@ -291,6 +292,10 @@ def kernel_mount_options(
         name = option.partition("=")[0]
         if not root and name in ("suid", "dev"):
             notes.append(f"option {name} ignored: only root may set it")
+            continue
+        if name in CONTEXTS:
+            if labels:
+                chosen[name] = option.replace("\\", "\\\\").replace(",", "\\,")
             continue
         chosen.pop(_OPPOSITES.get(name, ""), None)
         if name == "allow_root":

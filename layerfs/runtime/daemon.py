@@ -193,8 +193,12 @@ def _daemon_main(load: Loader, request_fd: int, status_fd: int) -> NoReturn:
         os.setsid()
         # The caller may read our stdout or stderr until its last holder is gone, and may have passed us more.
         null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1):
+        for fd in (0, 1, 2):
             os.dup2(null, fd)
+        # Python's own streams may be missing or something else by now: a caller may have closed or replaced
+        # them.
+        sys.stdout = open(1, "w", errors="backslashreplace", closefd=False)
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
         low, high = sorted((request_fd, status_fd))
         os.closerange(3, low)
         os.closerange(low + 1, high)
@@ -315,6 +319,10 @@ def _as_mount_error(error: Exception, said: str) -> LayerfsError:
     """`error` as one line; what libfuse or fusermount3 `said` on stderr is the better reason where there is
     one.
     """
+    while (
+        isinstance(error, ExceptionGroup) and len(error.exceptions) == 1
+    ):  # what a trio nursery makes of one error
+        error = error.exceptions[0]
     reasons = [line.strip() for line in said.splitlines() if line.startswith(_REASONS)]
     if isinstance(error, LayerfsError):
         if reasons and isinstance(error, MountError):

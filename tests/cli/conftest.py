@@ -163,7 +163,8 @@ class Box:
     def assert_gone(self) -> None:
         assert eventually(lambda: not self.daemons()), f"processes left: {self.daemons()}"
         assert (self("m"), "fuse.layerfs") not in self.mounted()
-        assert self.is_free("u") and self.is_free("w")
+        # A process that ends shows no environment a moment before it lets go of its locks.
+        assert eventually(lambda: self.is_free("u") and self.is_free("w"), 2)
 
     def close(self) -> None:
         for pid in self.daemons():
@@ -190,9 +191,14 @@ def why_not_as(uid: int) -> str | None:
         return "only root can be somebody else"
     try:
         subprocess.run(
-            [*mounts.layerfs_command(), "--version"], user=uid, group=uid, extra_groups=[], cwd="/", check=True,
+            [*mounts.layerfs_command(), "--version"],
+            user=uid,
+            group=uid,
+            extra_groups=[],
+            cwd="/",
+            check=True,
             capture_output=True,
-        )  # fmt: skip
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         return f"uid {uid} cannot run layerfs: {error}"
     return mounts.why_no_layerfs(uid)

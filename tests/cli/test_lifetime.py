@@ -105,9 +105,17 @@ def test_busy(box: Box) -> None:
 def test_the_caller_is_not_kept_waiting(box: Box) -> None:
     """podman reads stderr until every holder has closed it."""
     done = box.run(
-        "sh", "-c", '"$@" 2>&1 | cat', "sh", *mounts.layerfs_command(), "mount", "--lower", box("a"), box("m"),
+        "sh",
+        "-c",
+        '"$@" 2>&1 | cat',
+        "sh",
+        *mounts.layerfs_command(),
+        "mount",
+        "--lower",
+        box("a"),
+        box("m"),
         timeout=10,
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stdout) == (0, "")
     box.umount()
 
@@ -115,9 +123,18 @@ def test_the_caller_is_not_kept_waiting(box: Box) -> None:
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_caller_with_closed_descriptors(box: Box, closed: str) -> None:
     done = box.run(
-        "sh", "-c", f'exec "$@" {closed}', "sh", *mounts.layerfs_command(), "mount", "--lower", box("a"),
-        "--upper", box("u"), box("m"),
-    )  # fmt: skip
+        "sh",
+        "-c",
+        f'exec "$@" {closed}',
+        "sh",
+        *mounts.layerfs_command(),
+        "mount",
+        "--lower",
+        box("a"),
+        "--upper",
+        box("u"),
+        box("m"),
+    )
     assert done.returncode == 0 and box.is_mounted()
     assert box.run("cat", box("m/in-a")).stdout == "a"
     done = box.run("sh", "-c", f'exec "$@" {closed}', "sh", *mounts.layerfs_command(), "umount", box("m"))
@@ -217,7 +234,7 @@ def test_ephemeral(box: Box) -> None:
     os.chmod(box("a"), 0o751)
     done = box.layerfs("mount", "--lower", box("a"), "--ephemeral", box("m"))
     assert (done.returncode, done.stderr) == (0, "")
-    (scratch,) = os.listdir(box("tmp"))
+    (_,) = os.listdir(box("tmp"))
     script = (
         f"echo x > {box('m/x')} && mkdir -p {box('m/d/e')} && touch {box('m/d/e/f')} && chmod 0 {box('m/d')}"
     )
@@ -258,9 +275,17 @@ def test_ephemeral_that_fails_leaves_nothing(box: Box) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_foreground(box: Box, way: Way) -> None:
     process = box.popen(
-        *mounts.layerfs_command(), "mount", "--foreground", "--lower", box("a"), "--upper", box("u"), "--work",
-        box("w"), box("m"),
-    )  # fmt: skip
+        *mounts.layerfs_command(),
+        "mount",
+        "--foreground",
+        "--lower",
+        box("a"),
+        "--upper",
+        box("u"),
+        "--work",
+        box("w"),
+        box("m"),
+    )
     assert eventually(box.is_mounted)
     assert box.run("cat", box("m/in-a")).stdout == "a"
     if way.startswith("SIG"):
@@ -301,7 +326,7 @@ def test_interrupted_at_any_moment(box: Box, how: signal.Signals) -> None:
         process = box.popen(*argv)
         time.sleep(step * 0.02)
         process.send_signal(how)
-        out, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=20)
         # Python's own, when it is interrupted before our first line runs.
         assert "Traceback" not in err or err.endswith("KeyboardInterrupt\n"), err
         if process.returncode == 0:

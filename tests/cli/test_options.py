@@ -106,11 +106,24 @@ def test_what_podman_says() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "lowerdir", "lowerdir=", "upperdir=", "workdir", "redirect_dir=maybe", "redirect_dir", "metacopy=1",
-        "uidmapping=0:0:1", "gidmapping=:0:0:1", "squash_to_uid=1", "squash_to_root", "xattr_permissions=2",
-        "verity=require", "data=passthrough", "data=cached", "datadir+=/a",
+        "lowerdir",
+        "lowerdir=",
+        "upperdir=",
+        "workdir",
+        "redirect_dir=maybe",
+        "redirect_dir",
+        "metacopy=1",
+        "uidmapping=0:0:1",
+        "gidmapping=:0:0:1",
+        "squash_to_uid=1",
+        "squash_to_root",
+        "xattr_permissions=2",
+        "verity=require",
+        "data=passthrough",
+        "data=cached",
+        "datadir+=/a",
     ],
-)  # fmt: skip
+)
 def test_known_but_wrong_or_impossible(text: str) -> None:
     with pytest.raises(UsageError):
         parse_options([text])
@@ -125,9 +138,21 @@ def test_unknown(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["defaults", "x-systemd.automount", "_netdev", "nofail", "index=on", "xino=auto", "nfs_export=off", "uuid=null",
-     "xattr_permissions=0", "verity=off", "data=python", "rw"],
-)  # fmt: skip
+    [
+        "defaults",
+        "x-systemd.automount",
+        "_netdev",
+        "nofail",
+        "index=on",
+        "xino=auto",
+        "nfs_export=off",
+        "uuid=null",
+        "xattr_permissions=0",
+        "verity=off",
+        "data=python",
+        "rw",
+    ],
+)
 def test_without_effect(text: str) -> None:
     assert parse_options([text]) == parse_options([])
 
@@ -189,3 +214,9 @@ def test_source_is_escaped_for_libfuse() -> None:
 
 def test_unescape_is_kernel_like() -> None:
     assert unescape(r"a\bc\\\:") == "abc\\:"
+
+
+def test_labels_go_to_kernels_that_know_them() -> None:
+    text = 'context="u:r:t:s0:c1,c2"'
+    assert r'context="u:r:t:s0:c1\,c2"' in options_for(text, labels=True)
+    assert not any(option.startswith("context") for option in options_for(text))

@@ -1,0 +1,198 @@
+"""`mount.layerfs` as mount(8), podman and buildah call it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from layerfs.cli.mount_helper import parse_arguments
+from layerfs.errors import UsageError
+from tests.support import mounts
+
+from .conftest import Box, eventually, helper_command
+
+# --- the command line, without mounting -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "names", "options", "flags"),
+    [
+        ("-o a,b m", ["m"], ["a,b"], set()),
+        ("m -o a -o b", ["m"], ["a", "b"], set()),
+        ("src m -oa", ["src", "m"], ["a"], set()),
+        ("src -o a m -s -f -n -v", ["src", "m"], ["a"], {"s", "f", "n", "v-"}),
+        ("src m -sfnv -o a", ["src", "m"], ["a"], {"s", "f", "n", "v-"}),
+        ("src m -fo a", ["src", "m"], ["a"], {"f"}),
+        ("src m -t fuse.layerfs -N 12", ["src", "m"], [], set()),
+        ("-o a -- -m", ["-m"], ["a"], set()),
+        ("--help", [], [], {"h"}),
+        ("-V", [], [], {"V"}),
+        ("- m", ["-", "m"], [], set()),
+    ],
+)
+def test_arguments(argv: str, names: list[str], options: list[str], flags: set[str]) -> None:
+    parsed = parse_arguments(argv.split())
+    assert (parsed.names, parsed.options, parsed.flags, parsed.ignored) == (names, options, flags, [])
+
+
+def test_unknown_arguments_are_kept_for_a_note() -> None:
+    assert parse_arguments(["-x", "--frob", "m"]).ignored == ["-x", "--frob"]
+
+
+def test_option_without_value() -> None:
+    with pytest.raises(UsageError):
+        parse_arguments(["m", "-o"])
+
+
+# --- for real -------------------------------------------------------------------------------------
+
+
+def stack(box: Box) -> str:
+    return f"lowerdir={box('a')}:{box('b')},upperdir={box('u')},workdir={box('w')}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda box: ["-o", stack(box), box("m")],
+        lambda box: [box("m"), "-o", stack(box)],
+        lambda box: ["none", box("m"), "-o", stack(box)],
+        lambda box: ["none", "-o", stack(box), box("m"), "-s", "-n", "-v"],
+        lambda box: ["none", box("m"), "-o", f"rw,{stack(box)}", "-o", "noatime"],
+    ],
+)
+def test_forms(box: Box, arguments: object) -> None:
+    done = box.helper(*arguments(box))  # type: ignore[operator]
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert box.run("cat", box("m/in-a"), box("m/in-b")).stdout == "ab"
+    assert box.run("touch", box("m/new")).returncode == 0
+    box.umount()
+    assert os.path.exists(box("u/new"))
+
+
+def test_source_is_shown(box: Box) -> None:
+    done = box.helper("my,image", box("m"), "-o", stack(box))
+    assert (done.returncode, done.stderr) == (0, "")
+    with open("/proc/self/mountinfo") as file:
+        (line,) = (line for line in file if f" {box('m')} " in line)
+    assert line.split(" - ")[1].split()[:2] == ["fuse.layerfs", "my,image"]
+    box.umount()
+
+
+def test_podman_read_only(box: Box) -> None:
+    """stdin and stdout null, stderr read until everybody has closed it; lowers are relative symlinks."""
+    box.mkdir("l")
+    os.symlink("../a", box("l/AAA"))
+    os.symlink("../b", box("l/BBB"))
+    done = box.helper("-o", "lowerdir=l/AAA:l/BBB", box("m"), cwd=str(box.dir))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert box.run("cat", box("m/in-a"), box("m/in-b")).stdout == "ab"
+    assert box.run("touch", box("m/new")).returncode != 0
+    box.umount()
+
+
+def test_escapes(box: Box) -> None:
+    for each in ("co:lon", "com,ma", "up,per", "wo:rk"):
+        box.mkdir(each)
+    for each in ("co:lon", "com,ma"):
+        (box.dir / each / f"in-{each}").write_text(each)
+    text = f"lowerdir={box('co')}\\:lon:{box('com')}\\,ma,upperdir={box('up')}\\,per,workdir={box('wo')}\\:rk"
+    done = box.helper("-o", text, box("m"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(os.listdir(box("up,per"))) == []
+    assert box.run("cat", box("m/in-co:lon"), box("m/in-com,ma")).stdout == "co:loncom,ma"
+    box.umount()
+
+
+def test_unknown_options_are_noted_and_ignored(box: Box) -> None:
+    done = box.helper("-o", f"{stack(box)},frobnicate=1,noacl,whatever", box("m"))
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "mount.layerfs: unknown argument ignored: frobnicate=1",
+        "mount.layerfs: unknown argument ignored: whatever",
+    ]
+    box.umount()
+
+
+@pytest.mark.skipif(os.path.exists("/sys/fs/selinux"), reason="SELinux would judge the label")
+def test_a_label_without_selinux_is_ignored(box: Box) -> None:
+    label = 'context="system_u:object_r:container_file_t:s0:c1,c2"'
+    done = box.helper("-o", f"{stack(box)},{label},nodev", box("m"))
+    assert (done.returncode, done.stderr) == (0, "")
+    box.umount()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["{m}"], 1, "at least one lower layer"),
+        ([], 1, "a mount point is missing"),
+        (["a", "b", "c"], 1, "too many names"),
+        (["-o"], 1, "needs a value"),
+        (["-o", "lowerdir={nope}", "{m}"], 32, "no such directory"),
+        (["-o", "lowerdir={a},uidmapping=0:1:2", "{m}"], 1, "mapping of owners"),
+        (["-o", "lowerdir={a}", "{nope}"], 32, "mount point"),
+        (["-o", "lowerdir={a},upperdir={u},workdir={u}", "{m}"], 32, "the same"),
+    ],
+)
+def test_refused(box: Box, arguments: list[str], code: int, said: str) -> None:
+    def fill(text: str) -> str:
+        for name in ("m", "a", "u", "nope"):
+            text = text.replace(f"{{{name}}}", box(name))
+        return text
+
+    done = box.helper(*map(fill, arguments))
+    assert done.returncode == code and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not box.mounted() and not box.daemons()
+
+
+def test_fake(box: Box) -> None:
+    """`mount -f`: everything but the mount."""
+    done = box.helper("none", box("m"), "-f", "-o", stack(box))
+    assert (done.returncode, done.stderr) == (0, "") and not box.mounted()
+    done = box.helper("none", box("m"), "-f", "-o", f"lowerdir={box('nope')}")
+    assert done.returncode == 32
+
+
+@pytest.mark.parametrize("flag", ["-f", "-d"])
+def test_foreground(box: Box, flag: str) -> None:
+    process = box.popen(*helper_command(), flag, "-o", stack(box), box("m"))
+    assert eventually(box.is_mounted)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "", "")
+    box.assert_gone()
+
+
+@pytest.mark.parametrize(("flag", "said"), [("--version", "layerfs "), ("-V", "layerfs "), ("-h", "Usage:")])
+def test_talk(box: Box, flag: str, said: str) -> None:
+    done = box.helper(flag)
+    assert done.returncode == 0 and done.stdout.startswith(said) and done.stderr == ""
+
+
+def test_the_mount_command(root_box: Box) -> None:
+    """mount(8) finds the helper in /sbin; a kernel overlay over /usr/sbin puts it there for as long as this
+    takes.
+    """
+    box = root_box
+    if reason := mounts.why_no_kernel_overlay():
+        pytest.skip(reason)
+    sbin = os.path.realpath("/sbin")
+    for each in ("su", "sw"):
+        box.mkdir(each)
+    os.symlink(helper_command()[0], box("su/mount.layerfs"))
+    mounts.mount_overlay(sbin, [sbin], box("su"), box("sw"))
+    try:
+        done = box.run("mount", "-t", "layerfs", "-o", f"{stack(box)},nodev,bogus", "image", box("m"))
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == "mount.layerfs: unknown argument ignored: bogus\n"
+        assert box.is_mounted()
+        done = box.run("umount", box("m"))
+        assert (done.returncode, done.stderr) == (0, "")
+        box.assert_gone()
+        done = box.run("mount", "-t", "layerfs", "-o", f"lowerdir={box('nope')}", "image", box("m"))
+        assert done.returncode == 32 and "no such directory" in done.stderr
+    finally:
+        mounts.umount(sbin)
