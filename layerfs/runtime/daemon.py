@@ -197,8 +197,8 @@ def _daemon_main(load: Loader, request_fd: int, status_fd: int) -> NoReturn:
             os.dup2(null, fd)
         # Python's own streams may be missing or something else by now: a caller may have closed or replaced
         # them.
-        sys.stdout = open(1, "w", errors="backslashreplace", closefd=False)
-        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+        sys.stdout = open(1, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         low, high = sorted((request_fd, status_fd))
         os.closerange(3, low)
         os.closerange(low + 1, high)
