@@ -17,7 +17,9 @@ RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
 
+_NR_OPEN_TREE = 428
 _NR_OPENAT2 = 437
+_OPEN_TREE_CLONE = 1
 _AT_HANDLE_FID = 0x200
 _MAX_HANDLE = 128
 _FS_IOC_GETFSUUID = 0x80111500
@@ -72,6 +74,23 @@ def openat2(dirfd: int, path: bytes, flags: int, mode: int = 0, resolve: int = 0
         # EAGAIN: a rename raced with a scoped lookup (openat2(2)); the way may simply be tried again.
         if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
             _raise(path)
+
+
+def clone_mount(path: bytes) -> int | None:
+    """An O_PATH descriptor of `path` in a private, detached copy of its mount (open_tree(2)): without the mounts below it, and not
+    keeping the mount itself busy. None where this process may not (it takes CAP_SYS_ADMIN) or the kernel cannot (before 5.2).
+
+    Raises OSError when `path` itself is wrong."""
+    at_fdcwd = -100
+    fd = _libc.syscall(
+        ctypes.c_long(_NR_OPEN_TREE),
+        ctypes.c_int(at_fdcwd),
+        ctypes.c_char_p(path),
+        ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC),
+    )
+    if fd < 0 and ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS, errno.EINVAL):
+        _raise(path)
+    return int(fd) if fd >= 0 else None
 
 
 def renameat2(olddir: int, old: bytes, newdir: int, new: bytes, flags: int = 0) -> None:

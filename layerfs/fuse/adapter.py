@@ -252,7 +252,7 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
-        return await self.vfs.listxattr(inode)
+        return await self.vfs.listxattr(inode, _caller(ctx))
 
     @_errors
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:

@@ -16,6 +16,8 @@ from layerfs.fdutil import (
     RESOLVE_NO_SYMLINKS,
     FdPool,
     OwnedFd,
+    clone_mount,
+    fs_uuid,
     openat2,
 )
 from layerfs.ids import LayerNumber
@@ -32,7 +34,7 @@ class Layer:
     def __init__(self, path: str, index: int, number: LayerNumber) -> None:
         """Opens `path` (symbolic links in it are followed, as mount does). Raises LayerError."""
         try:
-            self.fd = OwnedFd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            self.fd = OwnedFd(_open_lower(path) if index >= 0 else _open_upper(path))
         except OSError as error:
             raise LayerError(f"{path}: {error.strerror}", error.errno) from error
         self.path = os.path.abspath(path)
@@ -40,8 +42,25 @@ class Layer:
         self.number = number
         self.root = LowerDir(self, b"")
 
+    def uuid(self) -> bytes | None:
+        """UUID of the layer's file system, as origin xattrs name it."""
+        fd = OwnedFd(os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd.fd))
+        return fs_uuid(fd.fd)
+
     def __repr__(self) -> str:
         return f"<Layer {self.index} {self.path!r}>"
+
+
+def _open_upper(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _open_lower(path: str) -> int:
+    """As the kernel's clone_private_mount: what is mounted inside a layer is not part of it, and `umount MNT && umount LAYER` does not meet
+    a daemon that is still ending. (The upper must share its mount with the work directory: rename(2) refuses to cross mounts.)"""
+    os.close(_open_upper(path))  # a directory that we may read, or the reason why not
+    clone = clone_mount(os.fsencode(path))
+    return clone if clone is not None else _open_upper(path)
 
 
 class LowerDir:

@@ -134,43 +134,43 @@ class _Step:
 def _walk(stack: Stack, start: LowerDir, path: Sequence[bytes]) -> _Step | None:
     """Walks `path` from `start` within one layer, marks of every component heeded; None when the layer says nothing of it."""
     here = start
-    step = _Step(None, here)
+    stop = False
+    # What layers below are asked for: the same path, unless a component on the way was moved (even when the end is not found here).
+    below = start.path.split(b"/") if start.path else []
+    moved = False
+
+    def result(directory: LowerDir | None, rest: Sequence[bytes], *, end: bool = False) -> _Step:
+        redirected = b"".join(b"/" + part for part in (*below, *rest)) if moved else None
+        return _Step(directory, here, stop=stop or end, redirect=redirected)
+
     for position, name in enumerate(path):
-        last = position == len(path) - 1
+        rest = path[position + 1 :]
+        fd = stack.open(here)
         try:
-            fd = stack.open(here)
             st = os.stat(name, dir_fd=fd.fd, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             if _oci_whiteout(stack, here, name):
-                return _Step(None, here, stop=True)
-            return None if not step.stop else _Step(None, here, stop=True)
+                return result(None, (), end=True)
+            return result(None, (name, *rest)) if stop or moved else None
         if not stat.S_ISDIR(st.st_mode):
-            is_file = last and stat.S_ISREG(st.st_mode)
-            marks = read_marks(fd.fd, name, stack.names, lower=True) if is_file else _NO_MARKS
-            return _Step(
-                None,
-                here,
-                is_file=is_file,
-                metacopy=marks.metacopy,
-                stop=not marks.metacopy,
-                redirect=marks.redirect,
-            )
+            step = result(None, (name, *rest), end=True)
+            step.is_file = not rest and stat.S_ISREG(st.st_mode)
+            if step.is_file:
+                marks = read_marks(fd.fd, name, stack.names, lower=True)
+                step.metacopy = marks.metacopy
+                step.redirect = marks.redirect if marks.redirect is not None else step.redirect
+            return step
         marks = read_marks(fd.fd, name, stack.names, lower=True)
-        if marks.opaque or _has_opaque_file(fd.fd, name):
-            step.stop = True
+        stop = stop or marks.opaque or _has_opaque_file(fd.fd, name)
+        below.append(name)
         if marks.redirect is not None:
-            rest = b"".join(b"/" + part for part in path[position + 1 :])
-            prefix = (
-                marks.redirect if marks.redirect.startswith(b"/") else b"/" + _join(here.path, marks.redirect)
-            )
-            step.redirect = prefix + rest
+            moved = True
+            if marks.redirect.startswith(b"/"):
+                below = marks.redirect[1:].split(b"/")
+            else:
+                below[-1] = marks.redirect
         here = here.child(name)
-    step.directory = here
-    return step
-
-
-def _join(directory: bytes, name: bytes) -> bytes:
-    return directory + b"/" + name if directory else name
+    return result(here, ())
 
 
 def _oci_whiteout(stack: Stack, home: LowerDir, name: bytes) -> bool:

@@ -8,6 +8,7 @@ import stat
 from dataclasses import dataclass
 
 from layerfs.fdutil import OwnedFd, fd_path
+from layerfs.overlay import acl
 from layerfs.overlay.names import shown, stored
 from layerfs.upper.upper import Upper
 from layerfs.vfs.caller import Caller
@@ -111,8 +112,13 @@ class Attributes:
         """Raises OSError."""
         attribute = _stored(name)
         path, follow, _keep = self.tree.real_path(node)
-        if not node.in_upper:
-            os.getxattr(path, attribute, follow_symlinks=follow)  # ENODATA costs no copy-up
+        try:
+            os.getxattr(path, attribute, follow_symlinks=follow)
+        except OSError as error:
+            # What is not there costs no copy-up. Taking away an ACL that is not there succeeds (fs/posix_acl.c set_posix_acl).
+            if error.errno == errno.ENODATA and attribute in (acl.ACCESS, acl.DEFAULT):
+                return
+            raise
         await self._into_upper(node, caller)
         self.tree.changed(node)
         path, follow, _keep = self.tree.real_path(node)
@@ -135,8 +141,8 @@ def get_xattr(tree: Tree, node: Node, name: bytes) -> bytes:
     return os.getxattr(path, attribute, follow_symlinks=follow)
 
 
-def list_xattrs(tree: Tree, node: Node) -> list[bytes]:
-    """Names as a user sees them. Raises OSError."""
+def list_xattrs(tree: Tree, node: Node, caller: Caller) -> list[bytes]:
+    """Names as a user sees them: `trusted.` ones are the administrator's (xattr(7)). Raises OSError."""
     path, follow, _keep = tree.real_path(node)
     try:
         present = os.listxattr(path, follow_symlinks=follow)
@@ -144,4 +150,8 @@ def list_xattrs(tree: Tree, node: Node) -> list[bytes]:
         if error.errno == errno.EOPNOTSUPP:
             return []
         raise
-    return [os.fsencode(name) for name in map(shown, present) if name is not None]
+    return [
+        os.fsencode(name)
+        for name in map(shown, present)
+        if name is not None and (caller.uid == 0 or not name.startswith("trusted."))
+    ]

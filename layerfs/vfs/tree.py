@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import trio
 
-from layerfs.fdutil import OwnedFd, at_path, fd_path, fs_uuid
+from layerfs.fdutil import OwnedFd, at_path, fd_path
 from layerfs.gate import Gate, NoGate
 from layerfs.ids import ROOT, Ino, NodeId, RealIno
 from layerfs.inodes import numbers
@@ -269,7 +269,7 @@ class Tree:
             if st.st_ino == real:
                 return numbers.compose(home.layer.number, RealIno(real))
         if self._uuids is None:
-            self._uuids = [fs_uuid(layer.fd.fd) for layer in self.stack.lowers]
+            self._uuids = [layer.uuid() for layer in self.stack.lowers]
         for layer, uuid in zip(self.stack.lowers, self._uuids, strict=True):
             if uuid == found.uuid:
                 return numbers.compose(layer.number, RealIno(real))

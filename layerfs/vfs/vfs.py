@@ -173,8 +173,8 @@ class Vfs:
     async def getxattr(self, id: int, name: bytes) -> bytes:
         return get_xattr(self.tree, self.tree.node(id), name)
 
-    async def listxattr(self, id: int) -> list[bytes]:
-        return list_xattrs(self.tree, self.tree.node(id))
+    async def listxattr(self, id: int, caller: Caller) -> list[bytes]:
+        return list_xattrs(self.tree, self.tree.node(id), caller)
 
     async def setxattr(self, id: int, name: bytes, value: bytes, caller: Caller) -> None:
         await self._write().attributes.set_xattr(self.tree.node(id), name, value, caller)
