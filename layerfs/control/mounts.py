@@ -64,6 +64,7 @@ def describe(mountpoint: str) -> MountInfo:
             errno.EPERM: "was mounted by somebody else: only they or root may ask",
             errno.EACCES: "was mounted by somebody else: only they or root may ask",
             errno.ENOTCONN: "is a dead mount: its daemon has gone; use --upper and --lower",
+            errno.ECONNABORTED: "is a dead mount: its daemon has gone; use --upper and --lower",
             errno.ENOENT: "no such directory",
         }.get(error.errno or 0, error.strerror)
         raise MountError(f"{_shown(mountpoint)}: {reason}", error.errno) from None

@@ -138,8 +138,7 @@ class ChangeFinder:
         """Changes in the order in which a layer holds them: parents before children, deletions before their
         siblings, else by name.
 
-        Raises OSError when a layer cannot be read, LayerError when it makes no sense or changes too much
-        meanwhile."""
+        Raises LayerError when a layer cannot be read, makes no sense, or changes too much meanwhile."""
         lowers = tuple(layer.root for layer in self._stack.lowers)
         new, base = _View(self._upper_root, lowers), _View(None, lowers)
         waiting = self._root_change(new, base)
@@ -153,7 +152,10 @@ class ChangeFinder:
             if name is None:
                 frames.pop()
                 continue
-            yield from self._visit(frames, frame, name)
+            try:
+                yield from self._visit(frames, frame, name)
+            except OSError as error:
+                raise _unreadable(join(frame.path, name), error) from error
 
     # --- walking ---
 
@@ -302,7 +304,7 @@ class ChangeFinder:
         assert now.source is not None and then.source is not None
         if _place(now.source) == _place(then.source):
             return True
-        left, right = self.open(now.source), self.open(then.source)
+        left, right = self._open(now.source), self._open(then.source)
         offset = 0
         while offset < now.member.size:
             a = os.pread(left.fd, _COMPARE, offset)
@@ -312,9 +314,15 @@ class ChangeFinder:
             offset += len(a)
         return True
 
-    def open(self, source: Source) -> OwnedFd:
-        """A readable descriptor of a file's data; its access time stays as it is where we may. Raises
-        OSError, LayerError."""
+    def open(self, source: Source, path: bytes) -> OwnedFd:
+        """A readable descriptor of the data of the file `path`. Raises LayerError."""
+        try:
+            return self._open(source)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+    def _open(self, source: Source) -> OwnedFd:
+        """Does not change the file's access time where we may."""
         directory = self._stack.open(source.home)
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
@@ -322,8 +330,14 @@ class ChangeFinder:
         except PermissionError:
             fd = OwnedFd(openat2(directory.fd, source.name, flags, resolve=INSIDE))
         if not stat.S_ISREG(os.fstat(fd.fd).st_mode):
-            raise LayerError(f"{display(source.name)}: was replaced while it was read; try again")
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         return fd
+
+
+def _unreadable(path: bytes, error: OSError) -> LayerError:
+    if error.errno == errno.ENOENT:
+        return LayerError(f"{display(path)}: vanished while it was read; try again when nobody changes it")
+    return LayerError(f"{display(path)}: {error.strerror}", error.errno)
 
 
 def _told(frames: list[_Frame]) -> Iterator[Change]:

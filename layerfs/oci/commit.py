@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from layerfs.errors import UsageError
+from layerfs.errors import LayerError, UsageError
 from layerfs.oci.changes import ChangeFinder, ChangeKind, whiteout_member
 from layerfs.oci.member import Kind, made_up_time
 from layerfs.oci.streams import LayerSink, Written
@@ -34,8 +34,8 @@ class Summary:
 def write_layer(stack: Stack, fd: int, compression: str = "none") -> Summary:
     """Writes the layer that `stack.upper` is over `stack.lowers` to `fd` (not synced, not closed).
 
-    The same trees give the same bytes. Raises LayerError, or OSError when a layer cannot be read or `fd` not
-    written."""
+    The same trees give the same bytes. Raises LayerError when a layer cannot be read, OSError when `fd`
+    cannot be written."""
     seconds = made_up_time()
     notes: list[str] = []
     counts = dict.fromkeys(ChangeKind, 0)
@@ -50,7 +50,7 @@ def write_layer(stack: Stack, fd: int, compression: str = "none") -> Summary:
             writer.add(whiteout_member(change.path, seconds))
         elif change.source is not None and change.member.size:
             assert change.member.kind is Kind.FILE
-            data = finder.open(change.source)
+            data = finder.open(change.source, change.path)
             writer.add(change.member, read_chunks(data.fd, change.member.size, change.path))
         else:
             writer.add(change.member)
@@ -71,7 +71,7 @@ def output_file(path: str, keep_out_of: int | None = None) -> Iterator[int]:
     leaving, and removed on an exception. What is no regular file (a pipe, /dev/null) is written as it is.
     `keep_out_of`: a descriptor of a directory that must not hold it.
 
-    Raises UsageError for a place where nothing can be written, OSError later."""
+    Raises UsageError for a place where nothing can be written, LayerError when writing fails later."""
     directory, name = os.path.split(path)
     try:
         parent = os.open(directory or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -105,9 +105,11 @@ def output_file(path: str, keep_out_of: int | None = None) -> Iterator[int]:
                 os.close(fd)
             os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
             os.fsync(parent)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=parent)
+            if isinstance(error, OSError) and error.filename is None:
+                raise LayerError(f"{path}: {error.strerror}", error.errno) from error
             raise
     finally:
         os.close(parent)

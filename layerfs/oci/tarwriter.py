@@ -147,7 +147,10 @@ def read_chunks(fd: int, size: int, what: bytes) -> Iterator[bytes]:
     OSError as read does."""
     offset = 0
     while offset < size:
-        chunk = os.pread(fd, min(_READ, size - offset), offset)
+        try:
+            chunk = os.pread(fd, min(_READ, size - offset), offset)
+        except OSError as error:
+            raise LayerError(f"{display(what)}: {error.strerror}", error.errno) from error
         if not chunk:
             raise LayerError(
                 f"{display(what)}: became shorter while it was read; try again when nobody writes to it"

@@ -39,7 +39,7 @@ def place() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="commit-", dir=scratch_root()))
     os.chmod(path, 0o755)
     yield path
-    shutil.rmtree(path)
+    subprocess.run(["rm", "-rf", path], check=True)  # some trees here are deeper than Python's stack
 
 
 def layers(lowers: list[Path], upper: Path, prefix: str = TRUSTED) -> Stack:
@@ -572,7 +572,6 @@ def test_deep_trees(place: Path) -> None:
         file.write(b"x")
     summary = write_layer(layers(dirs.lowers, dirs.upper), os.open(os.devnull, os.O_WRONLY))
     assert summary.added == 1501
-    subprocess.run(["rm", "-rf", dirs.dir], check=True)
 
 
 def test_work_grows_with_the_upper_only(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -606,7 +605,7 @@ def test_evil_uppers_are_errors(place: Path, mark: tuple[str, str, bytes]) -> No
     (dirs.upper / "d").mkdir()
     (dirs.upper / "f").write_text("1")
     os.setxattr(dirs.upper / mark[0], mark[1], mark[2])
-    with pytest.raises((OSError, LayerError)):
+    with pytest.raises(LayerError, match=f"^{mark[0]}: "):
         write_layer(layers(dirs.lowers, dirs.upper), os.open(os.devnull, os.O_WRONLY))
 
 

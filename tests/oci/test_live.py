@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -193,6 +194,22 @@ def test_a_mount_on_its_own_lower(place: Path) -> None:
     with Layerfs(dirs):
         (dirs.mnt / "g").write_text("2")
         assert "covered by the mount" in run("diff", dirs.mnt, code=1).stderr
+
+
+@live
+def test_stores_through_a_mapping_are_committed(place: Path) -> None:
+    """They reach the daemon only when the kernel writes them back: commit makes it do so."""
+    dirs = Dirs(place, 1)
+    (dirs.lowers[0] / "low").write_bytes(b"l" * 5000)
+    with Layerfs(dirs):
+        (dirs.mnt / "up").write_bytes(b"u" * 5000)
+        with open(dirs.mnt / "low", "r+b") as low, open(dirs.mnt / "up", "r+b") as up:
+            with mmap.mmap(low.fileno(), 5000) as one, mmap.mmap(up.fileno(), 5000) as two:
+                one[4500:4503] = two[4500:4503] = b"new"
+                run("commit", dirs.mnt, "-o", place / "layer.tar")
+    data = {member.name: data for member, data in m.read_bytes((place / "layer.tar").read_bytes())}
+    assert data[b"low"] == b"l" * 4500 + b"new" + b"l" * 497
+    assert data[b"up"] == b"u" * 4500 + b"new" + b"u" * 497
 
 
 @live
