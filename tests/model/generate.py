@@ -1,9 +1,9 @@
 """Random cases for the model tests, dense enough to meet the interesting parts of an overlay.
 
-Drawn from a seed with a rough idea of what exists at each moment, so that most operations find what they need
-and some do not. Operations drawn one by one by Hypothesis mostly miss (ENOENT), and its mutations repeat them;
-so it draws only the seed, and for each item and operation whether to keep it: enough for it to shorten what
-fails.
+Drawn from a seed with a rough idea of what exists at each moment, so that most operations find what they
+need and some do not. Operations drawn one by one by Hypothesis mostly miss (ENOENT), and its mutations repeat
+them; so it draws only the seed, and for each item and operation whether to keep it: enough for it to shorten
+what fails.
 """
 
 from __future__ import annotations

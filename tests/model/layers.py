@@ -338,11 +338,13 @@ class Merge:
         overlayfs, and no overlay could know better without walking every layer.
         """
         for index, root in enumerate(self.lowers):
-            for here, _, files in os.walk(root):
-                for name in files:
+            for here, dirs, files in os.walk(root):
+                for name in dirs + files:
                     full = os.path.join(here, name)
                     st_ = os.lstat(full)
-                    if st_.st_nlink == 1 or self.home.get(os.path.relpath(full, root)) == index:
+                    if stat.S_ISDIR(st_.st_mode) or st_.st_nlink == 1:
+                        continue
+                    if self.home.get(os.path.relpath(full, root)) == index:
                         continue
                     before = os.lstat(here)
                     clone(full, full + ".tmp")
