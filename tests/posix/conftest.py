@@ -92,8 +92,11 @@ def mounted(request: pytest.FixtureRequest) -> Iterator[mounts.Mounted]:
 @pytest.fixture
 def fs(request: pytest.FixtureRequest, mounted: mounts.Mounted) -> Iterator[Place]:
     system, _, arrangement = request.node.callspec.params["mounted"].partition("-")
-    if mounts.is_dead_mount(mounted.mnt):  # an earlier test killed the daemon; this one is not to suffer
-        mounted.remount()
+    # An earlier test may have killed the daemon, or failed in a remount; this one is not to suffer.
+    if mounts.is_dead_mount(mounted.mnt):
+        mounted.close()
+    if mounted not in mounts.live:
+        mounted.open()
     tree = getattr(request.function, "tree", STANDARD)
     place = Place(str(mounted.mnt / directory_of(request.node)), system, arrangement, mounted, tree)
     yield place

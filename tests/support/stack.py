@@ -227,6 +227,8 @@ class _Writer:
         self.root = root
         self.owner = owner
         self._times: dict[bytes, int] = {}
+        # Of directories, likewise for `finish`: a default ACL must not reach what is put into them here.
+        self._xattrs: dict[bytes, Mapping[str, bytes]] = {}
         self._known: set[bytes] = set()
 
     def abs(self, path: bytes) -> bytes:
@@ -275,9 +277,10 @@ class _Writer:
             os.chown(full, uid, gid, follow_symlinks=False)
         if not isinstance(entry, Symlink):
             os.chmod(full, entry.mode)
-        for name, value in entry.xattrs.items():
-            os.setxattr(full, name, value, follow_symlinks=False)
-        if not isinstance(entry, Dir):
+        if isinstance(entry, Dir):
+            self._xattrs[path] = entry.xattrs
+        else:
+            self._set_xattrs(full, entry.xattrs)
             os.utime(full, ns=(entry.mtime_ns, entry.mtime_ns), follow_symlinks=False)
 
     def whiteout(self, path: bytes) -> None:
@@ -288,7 +291,15 @@ class _Writer:
             head, name = os.path.split(path)
             os.close(os.open(self.abs(os.path.join(head, b".wh." + name)), os.O_CREAT | os.O_WRONLY, 0o644))
 
+    @staticmethod
+    def _set_xattrs(full: bytes, xattrs: Mapping[str, bytes]) -> None:
+        for name, value in xattrs.items():
+            os.setxattr(full, name, value, follow_symlinks=False)
+
     def finish(self) -> None:
+        for path, xattrs in self._xattrs.items():
+            self._set_xattrs(self.abs(path), xattrs)
+        self._xattrs.clear()
         for path in sorted(self._times, key=len, reverse=True):
             ns = self._times[path]
             os.utime(self.abs(path), ns=(ns, ns))
@@ -325,11 +336,20 @@ class _Spread:
         # Range of layers (lowest, highest) in which the entries of a directory may lie.
         self.room: dict[bytes, tuple[int, int]] = {}
         self.home: dict[bytes, int] = {}
+        # Directories that must reach through every layer: all names of a hard link lie in the one of its
+        # target.
+        self.open: set[bytes] = set()
 
     def run(self, tree: Mapping[bytes, Entry]) -> None:
         whole = {b"": Dir(), **tree} if self.under else dict(tree)
         if not self.under:
             self.room[b""] = (0, self.top)
+        for path, entry in whole.items():
+            if isinstance(entry, Hardlink):
+                for name in (path, os.fsencode(entry.to)):
+                    while name:
+                        name = os.path.dirname(name)
+                        self.open.add(name)
         for number, (path, entry) in enumerate(whole.items(), self.salt):
             if path:
                 self._parents(os.path.dirname(path))
@@ -355,7 +375,7 @@ class _Spread:
         assert path not in self.room or not path, f"{path!r} must stand before its entries in the tree"
         low, high = self.room[os.path.dirname(path)] if path else (0, self.top)
         at = self._at(path)
-        form = number % 3 if high - low >= 2 and path else 0
+        form = number % 3 if high - low >= 2 and path not in {b"", *self.open} else 0
         if form == 1:  # single, one layer above the bottom of what is allowed
             layer = low + 1 + number % (high - low)
             self.layers[layer].make(at, entry)
