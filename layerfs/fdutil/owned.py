@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -55,7 +56,14 @@ class FdPool:
         if owned is not None:
             self._fds.move_to_end(key)
             return owned
-        owned = OwnedFd(opener())
+        try:
+            fd = opener()
+        except OSError as error:
+            if error.errno != errno.EMFILE or not self._fds:
+                raise
+            self._fds.clear()  # what is kept here is the first thing to give up
+            fd = opener()
+        owned = OwnedFd(fd)
         self._fds[key] = owned
         if len(self._fds) > self.capacity:
             self._fds.popitem(last=False)

@@ -61,17 +61,19 @@ async def _main(
         operations.vfs = Vfs(
             stack, upper, nursery, redirect_dir=config.redirect_dir, metacopy=config.metacopy
         )
-        await nursery.start(_end_on_signal)
+        await nursery.start(_end_on_signal, operations)
         ready()
         # No limit on requests under way: a hundred that wait for copy-ups must not keep others out.
         await pyfuse3.main(max_tasks=1 << 20)
+        operations.vfs.give_up()
         nursery.cancel_scope.cancel()
 
 
-async def _end_on_signal(task_status: trio.TaskStatus[None]) -> None:
+async def _end_on_signal(operations: Operations, task_status: trio.TaskStatus[None]) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for _ in signals:
+            operations.vfs.give_up()
             pyfuse3.terminate()
             return
 

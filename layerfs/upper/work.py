@@ -99,9 +99,12 @@ def remove_tree(parent: int, name: bytes) -> None:
     if not stat.S_ISDIR(st.st_mode):
         os.unlink(name, dir_fd=parent)
         return
-    if st.st_mode & 0o700 != 0o700:
+    try:
+        directory = OwnedFd(os.open(name, _DIRECTORY, dir_fd=parent))
+    except PermissionError:
+        # Only when need be: somebody may have it open and look at its mode.
         os.chmod(b"/proc/self/fd/%d/%b" % (parent, name), 0o700)
-    directory = OwnedFd(os.open(name, _DIRECTORY, dir_fd=parent))
+        directory = OwnedFd(os.open(name, _DIRECTORY, dir_fd=parent))
     for child in os.listdir(directory.fd):
         remove_tree(directory.fd, os.fsencode(child))
     os.rmdir(name, dir_fd=parent)

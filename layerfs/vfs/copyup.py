@@ -8,6 +8,7 @@ renamed or unlinked while the data were copied.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from functools import partial
@@ -24,6 +25,8 @@ from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.node import Directory, File, Node
 from layerfs.vfs.tree import Tree, fail
 
+log = logging.getLogger("layerfs.vfs")
+
 #: Seconds between two looks at whether a waiting caller was interrupted: a killed caller is gone well within a second.
 _POLL = 0.1
 #: Copies that run at one time. More would only make the disk seek; fifty waiting ones cost nothing.
@@ -33,7 +36,7 @@ _COPIES = 4
 class Job:
     """One copy-up of one file (with all its names) that is under way."""
 
-    __slots__ = ("cancelled", "done", "error", "size", "waiters")
+    __slots__ = ("cancelled", "done", "ending", "error", "size", "waiters")
 
     def __init__(self, size: int | None) -> None:
         #: None: all data are copied; else only so many bytes, for a caller who cuts the file there
@@ -42,6 +45,8 @@ class Job:
         self.error: OSError | None = None
         self.waiters = 0
         self.cancelled = False
+        #: given up because the mount is going
+        self.ending = False
 
 
 class CopyUp:
@@ -54,6 +59,12 @@ class CopyUp:
         self.metacopy = metacopy
         self.nursery = nursery
         self._limiter = trio.CapacityLimiter(_COPIES)
+        self._jobs: set[Job] = set()
+
+    def give_up(self) -> None:
+        """Ends all copies that are under way: the mount is going. Those who wait get EINTR."""
+        for job in self._jobs:
+            job.cancelled = job.ending = True
 
     # -- directories -------------------------------------------------------------------------------------------
 
@@ -63,6 +74,8 @@ class CopyUp:
             return self.tree.upper_fd(directory)
         missing: list[Directory] = []
         here: Directory | None = directory
+        if directory.unlinked:
+            return self._removed_directory(directory)
         while here is not None and not here.in_upper:
             if here.parent is None:
                 fail(errno.ENOENT)  # removed
@@ -71,6 +84,20 @@ class CopyUp:
         for here in reversed(missing):
             self._one_directory(here)
         return self.tree.upper_fd(directory)
+
+    def _removed_directory(self, directory: Directory) -> OwnedFd:
+        """A lower directory that was removed while somebody has it open can still be given attributes: by a copy without a name."""
+        assert directory.home is not None
+        home = self.tree.stack.open(directory.home)
+        st = os.stat(directory.home_name, dir_fd=home.fd, follow_symlinks=False)
+        work = self.upper.work.fd.fd
+        source = copyup.Source(home, directory.home_name, st, directory.id)
+        temporary = copyup.make_directory(self.upper, source)
+        directory.pin = self.upper.open_path(work, temporary)
+        self.upper.discard(temporary)
+        self._moved_up(directory, None, b"")
+        self.tree.keep_ctime(directory, st.st_ctime_ns)
+        return directory.pin
 
     def _one_directory(self, directory: Directory) -> None:
         parent = directory.parent
@@ -153,6 +180,7 @@ class CopyUp:
                         return
                 job = node.job = Job(size)
                 node.users += 1
+                self._jobs.add(job)
                 self.nursery.start_soon(self._run, node, job, size)
             # Who needs other bytes than the job copies only waits for its end: it must not keep alive a copy that cuts the file
             # when the one who wanted it cut has gone.
@@ -179,11 +207,16 @@ class CopyUp:
         try:
             await self._copy(node, job, size)
         except Cancelled:
-            job.error = OSError(errno.ECANCELED, "given up")
+            number = errno.EINTR if job.ending else errno.ECANCELED
+            job.error = OSError(number, os.strerror(number))
         except OSError as error:
             job.error = error
+        except Exception:
+            log.exception("copy-up failed")
+            job.error = OSError(errno.EIO, os.strerror(errno.EIO))
         finally:
             node.job = None
+            self._jobs.discard(job)
             node.users -= 1
             job.done.set()
             self.tree.release(node)

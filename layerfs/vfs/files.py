@@ -167,9 +167,12 @@ class Files:
 
     async def fsync(self, id: int, data_only: bool) -> None:
         """Raises OSError: also errors of earlier write-back."""
-        fd = self._handle(id).fd
-        if self.upper is not None and self.upper.volatile:
+        handle = self._handle(id)
+        node, fd = handle.node, handle.fd
+        if not node.in_upper or self.upper is None or self.upper.volatile:
             return
+        if self.tree.is_metacopy(node):
+            fd = self.tree.open_real(*self.tree.where(node), os.O_RDONLY)  # the handle has the lower's data, the changes are here
         call = os.fdatasync if data_only else os.fsync
         await trio.to_thread.run_sync(call, fd.fd, limiter=self._syncs)
         del fd
@@ -202,7 +205,7 @@ class Files:
     async def fsync_directory(self, id: int) -> None:
         """Raises OSError."""
         node = self.directory(id).node
-        if not node.in_upper or self.upper is None or self.upper.volatile:
+        if not node.in_upper or node.unlinked or self.upper is None or self.upper.volatile:
             return
         above = self.tree.upper_fd(node)
         fd = OwnedFd(os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=above.fd))

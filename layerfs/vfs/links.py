@@ -32,6 +32,12 @@ class LinkIndex:
         index = await self._index()
         return len(index.get((node.home.layer.index, node.real), ())) or 1
 
+    async def has_several(self, node: File) -> bool:
+        """Whether a lower file is seen under more than one name. Raises OSError."""
+        assert node.home is not None
+        key = (node.home.layer.index, node.real)
+        return len((await self._index()).get(key, ())) > 1
+
     async def names(self, node: File) -> list[tuple[Directory, bytes]]:
         """Every (loaded directory, name) of a lower file. The directories are pinned (`users`): give them back with `unpin`.
 
@@ -96,7 +102,7 @@ class LinkIndex:
             return self._names
 
     async def _walk(self) -> dict[_Key, list[tuple[bytes, bytes]]]:
-        """Walks the merged tree; keeps only inodes seen under more than one name."""
+        """Walks the merged tree, new directories too (others may have been moved into them); keeps inodes seen under several names."""
         first: dict[_Key, tuple[bytes, bytes]] = {}
         several: dict[_Key, list[tuple[bytes, bytes]]] = {}
         todo: list[tuple[Directory, bytes]] = [(self.tree.root, b"")]
@@ -109,18 +115,13 @@ class LinkIndex:
                     merged = await self.tree.load(directory)
                     for name, entry in merged.names.items():
                         if entry.is_dir:
-                            if entry.home is None and not entry.lowers and not self._may_redirect(directory):
-                                continue
                             try:
                                 child = self.tree.child(directory, name, entry)
                             except OSError:
                                 continue  # nonsense that a layer's author wrote: nobody sees names in there
                             assert isinstance(child, Directory)
-                            if child.lowers:
-                                child.users += 1
-                                todo.append((child, path + b"/" + name if path else name))
-                            else:
-                                self.tree.release(child)
+                            child.users += 1
+                            todo.append((child, path + b"/" + name if path else name))
                         elif entry.home is not None:
                             key = (entry.home.layer.index, entry.real)
                             if key not in first:
@@ -135,7 +136,3 @@ class LinkIndex:
                 directory.users -= 1
                 self.tree.release(directory)
         return several
-
-    def _may_redirect(self, directory: Directory) -> bool:
-        """Whether an upper directory without lowers of its own name may be a renamed one: the parent is then marked impure."""
-        return self.tree.is_impure(directory)

@@ -285,8 +285,10 @@ class Namespace:
         """Before a name of a hard-linked lower file goes, the file moves up with all its names, so that its link count stays right.
 
         Returns whether anything was awaited."""
-        if node.in_upper or (await self.tree.attributes(node)).nlink == 1 or node.in_upper:
+        if node.in_upper or self.tree.stat_real(node).st_nlink == 1:
             return False
+        if not await self.copyup.links.has_several(node):
+            return node.in_upper  # other links of it are outside the tree
         await self.copyup.attributes_only(node, caller)
         return True
 
@@ -294,7 +296,15 @@ class Namespace:
         """What keeps an object reachable that is about to lose its last known name."""
         if node.names:
             return None
-        return self.upper.open_path(parent.fd, name)
+        try:
+            return self.upper.open_path(parent.fd, name)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        # Out of descriptors: an open handle keeps it as well; without one it can only be seen by those who hold it by O_PATH, and a new
+        # object that gets its inode number shows a temporary one (`Tree.claim`).
+        handles = node.handles if isinstance(node, File) else None
+        return next(iter(handles)).fd if handles else None
 
     def _gone(self, parent: Directory, name: bytes, entry: Entry, node: Node, pin: OwnedFd | None) -> None:
         entry.node = None

@@ -443,12 +443,19 @@ class Tree:
                 nlink = 0
             elif nlink > 1 and self.links is not None:
                 nlink = await self.links.count(node, nlink)
+                if self._changed_meanwhile(node):
+                    return await self.attributes(node)
             return Attributes(st, node.id, nlink, st.st_ctime_ns, st.st_blocks)
         assert isinstance(node, Directory)
         parts = len(node.lowers) + node.in_upper
         if node.in_upper:
             return self._upper_attributes(node, st, st.st_nlink if parts == 1 else 1)
         return Attributes(st, node.id, st.st_nlink if parts == 1 else 1, st.st_ctime_ns, st.st_blocks)
+
+    @staticmethod
+    def _changed_meanwhile(node: File) -> bool:
+        """Whether a lower file was copied up or unlinked while its names were counted."""
+        return node.in_upper or node.parent is None
 
     def _upper_attributes(self, node: Node, st: os.stat_result, nlink: int) -> Attributes:
         ctime = st.st_ctime_ns

@@ -67,6 +67,11 @@ class Vfs:
             fail(errno.EROFS)
         return self._writing
 
+    def give_up(self) -> None:
+        """The mount is going: nothing that takes long is waited for."""
+        if self._writing is not None:
+            self._writing.copyup.give_up()
+
     # -- looking -----------------------------------------------------------------------------------------------
 
     async def lookup(self, parent: int, name: bytes) -> Attributes | None:
