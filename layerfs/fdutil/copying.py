@@ -1,4 +1,6 @@
-"""Copies the data of one file into another, holes kept, cheapest way first. Runs in a worker thread; blocks."""
+"""Copies the data of one file into another, holes kept, cheapest way first. Runs in a worker thread;
+blocks.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,20 @@ class Cancelled(Exception):
 
 
 def copy_data(source: int, target: int, size: int, cancelled: Callable[[], bool] = lambda: False) -> None:
-    """Copies the first `size` bytes of `source` over an empty `target`, which ends up exactly `size` long, with the same holes.
+    """Copies the first `size` bytes of `source` over an empty `target`, which ends up exactly `size` long,
+    with the same holes.
 
-    Reflink when both are on one file system that can; else copy_file_range (in the kernel), else read and write.
-    Raises OSError (ENOSPC, EIO, EDQUOT, …) with `target` in an undefined state; Cancelled when `cancelled()` turns true."""
+    Reflink when both are on one file system that can; else copy_file_range (in the kernel), else read and
+    write. Raises OSError (ENOSPC, EIO, EDQUOT, …) with `target` in an undefined state; Cancelled when
+    `cancelled()` turns true."""
     if size == os.fstat(source).st_size:
         try:
             fcntl.ioctl(target, _FICLONE, source)
             return
         except OSError:
-            pass  # EOPNOTSUPP, EXDEV, EINVAL, ENOTTY: no reflink here; a real fault (ENOSPC, EIO) comes back from the copy below
+            # EOPNOTSUPP, EXDEV, EINVAL, ENOTTY: no reflink here. A real fault (ENOSPC, EIO) comes back from
+            # the copy below.
+            pass
     os.ftruncate(target, size)
     offset = 0
     in_kernel = True
@@ -61,7 +67,8 @@ def copy_data(source: int, target: int, size: int, cancelled: Callable[[], bool]
                     in_kernel = False
                     continue
             if moved == 0:
-                # Some file systems (procfs-like ones, and 5.x kernels on a few others) answer 0 before the end: read(2) is the truth.
+                # Some file systems (procfs-like ones, and 5.x kernels on a few others) answer 0 before the
+                # end: read(2) is the truth.
                 moved = _read_write(source, target, position, min(want, _BUFFER))
                 if moved == 0:
                     return  # the source was cut meanwhile from outside

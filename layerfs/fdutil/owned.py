@@ -11,8 +11,9 @@ from collections.abc import Callable, Hashable
 class OwnedFd:
     """A descriptor with one owner: closed when the last reference goes.
 
-    Holding the object is what keeps the number valid: take a local reference before an `await` or before handing it to a thread, and
-    the pool may drop its own meanwhile (reference counts are exact in CPython, which pyfuse3 needs anyway)."""
+    Holding the object is what keeps the number valid: take a local reference before an `await` or before
+    handing it to a thread, and the pool may drop its own meanwhile (reference counts are exact in CPython,
+    which pyfuse3 needs anyway)."""
 
     __slots__ = ("fd",)
 
@@ -25,7 +26,8 @@ class OwnedFd:
             os.close(fd)
 
     def __del__(self) -> None:
-        # A number that was closed behind our back is our bug; there is nobody to tell in __del__, but closing twice must not raise.
+        # A number that was closed behind our back is our bug; there is nobody to tell in __del__, but closing
+        # twice must not raise.
         try:
             self.close()
         except (OSError, TypeError):
@@ -38,7 +40,8 @@ class OwnedFd:
 class FdPool:
     """Least-recently-used pool of descriptors that can be opened again at any time.
 
-    `capacity` bounds the descriptors kept, not those in use: an evicted one lives on while somebody holds its OwnedFd."""
+    `capacity` bounds the descriptors kept, not those in use: an evicted one lives on while somebody holds its
+    OwnedFd."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = max(1, capacity)

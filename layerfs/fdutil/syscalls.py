@@ -1,4 +1,6 @@
-"""System calls that Python's `os` module lacks, through ctypes. Numbers are those of the generic table (same on every 64-bit Linux)."""
+"""System calls that Python's `os` module lacks, through ctypes. Numbers are those of the generic table (same
+on every 64-bit Linux).
+"""
 
 from __future__ import annotations
 
@@ -77,8 +79,9 @@ def openat2(dirfd: int, path: bytes, flags: int, mode: int = 0, resolve: int = 0
 
 
 def clone_mount(path: bytes) -> int | None:
-    """An O_PATH descriptor of `path` in a private, detached copy of its mount (open_tree(2)): without the mounts below it, and not
-    keeping the mount itself busy. None where this process may not (it takes CAP_SYS_ADMIN) or the kernel cannot (before 5.2).
+    """An O_PATH descriptor of `path` in a private, detached copy of its mount (open_tree(2)): without the
+    mounts below it, and not keeping the mount itself busy. None where this process may not (it takes
+    CAP_SYS_ADMIN) or the kernel cannot (before 5.2).
 
     Raises OSError when `path` itself is wrong."""
     at_fdcwd = -100
@@ -100,13 +103,16 @@ def renameat2(olddir: int, old: bytes, newdir: int, new: bytes, flags: int = 0) 
 
 
 def syncfs(fd: int) -> None:
-    """syncfs(2): everything dirty on the file system of `fd`. Raises OSError, ENOSPC and EIO of earlier write-back included."""
+    """syncfs(2): everything dirty on the file system of `fd`. Raises OSError, ENOSPC and EIO of earlier
+    write-back included.
+    """
     if _libc.syncfs(fd) != 0:
         _raise()
 
 
 def name_to_handle(dirfd: int, name: bytes) -> tuple[int, bytes] | None:
-    """File handle (type, bytes) of `name` in `dirfd`, or of `dirfd` itself when `name` is empty; None where the file system has none.
+    """File handle (type, bytes) of `name` in `dirfd`, or of `dirfd` itself when `name` is empty; None where
+    the file system has none.
 
     Needs no privilege (opening a handle would). Symbolic links are not followed."""
     handle = _FileHandle(handle_bytes=_MAX_HANDLE)

@@ -1,7 +1,8 @@
 """Extended attributes of an object named by (directory descriptor, name), symbolic links included.
 
-The *at() forms of these calls are younger than the kernels we support (6.13), so the way goes through `/proc/self/fd`: the
-directory is reached by its descriptor, only the last component is looked up, and it is never followed.
+The *at() forms of these calls are younger than the kernels we support (6.13), so the way goes through
+`/proc/self/fd`: the directory is reached by its descriptor, only the last component is looked up, and it is
+never followed.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import os
 
 
 def at_path(dirfd: int, name: bytes) -> bytes:
-    """A path for calls that take no directory descriptor. The last component may be a symbolic link: use calls that do not follow."""
+    """A path for calls that take no directory descriptor. The last component may be a symbolic link: use
+    calls that do not follow.
+    """
     return b"/proc/self/fd/%d/%b" % (dirfd, name)
 
 
 def fd_path(fd: int) -> bytes:
-    """A path to exactly the object of `fd` (O_PATH ones too), whatever its name is now. Calls that follow links end at the object."""
+    """A path to exactly the object of `fd` (O_PATH ones too), whatever its name is now. Calls that follow
+    links end at the object.
+    """
     return b"/proc/self/fd/%d" % fd
 
 

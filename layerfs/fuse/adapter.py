@@ -1,7 +1,8 @@
 """Translates pyfuse3 calls to Vfs and errors to errno. Decides nothing about layers.
 
-Kernel caching: only layerfs changes the tree, and every change comes through the kernel that caches, which invalidates what it
-changed itself (fs/fuse/dir.c). So entries, attributes and absent names are good for ever, and no notification is ever sent.
+Kernel caching: only layerfs changes the tree, and every change comes through the kernel that caches, which
+invalidates what it changed itself (fs/fuse/dir.c). So entries, attributes and absent names are good for ever,
+and no notification is ever sent.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
 
 
 def _errors(method: _F) -> _F:
-    """OSError becomes the caller's errno; anything else is our bug: logged with its traceback, EIO for the caller."""
+    """OSError becomes the caller's errno; anything else is our bug: logged with its traceback, EIO for the
+    caller.
+    """
 
     @wraps(method)
     async def guarded(*args: Any) -> Any:
@@ -90,7 +93,7 @@ class Operations(pyfuse3.Operations):
         self._owner = os.geteuid()
         self._absent = _absent()
 
-    # -- looking -----------------------------------------------------------------------------------------------
+    # -- looking ----------------------------------------------------------------------------------
 
     @_errors
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -129,7 +132,7 @@ class Operations(pyfuse3.Operations):
         data.f_namemax = 255
         return data
 
-    # -- listing -----------------------------------------------------------------------------------------------
+    # -- listing ----------------------------------------------------------------------------------
 
     @_errors
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
@@ -163,7 +166,8 @@ class Operations(pyfuse3.Operations):
         try:
             found = await self.vfs.lookup(directory, name)
         except OSError:
-            # A name that cannot be looked up (a nonsense redirect, say) is listed without attributes: node id 0 means just that.
+            # A name that cannot be looked up (a nonsense redirect, say) is listed without attributes: node id
+            # 0 means just that.
             entry = EntryAttributes()
             entry.st_ino = 0
             return pyfuse3.readdir_reply(token, name, entry, next_id)
@@ -182,7 +186,7 @@ class Operations(pyfuse3.Operations):
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         await self.vfs.files.fsync_directory(fh)
 
-    # -- names -------------------------------------------------------------------------------------------------
+    # -- names ------------------------------------------------------------------------------------
 
     @_errors
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
@@ -226,7 +230,7 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         await self.vfs.rename(parent_old, name_old, parent_new, name_new, flags, _caller(ctx))
 
-    # -- attributes --------------------------------------------------------------------------------------------
+    # -- attributes -------------------------------------------------------------------------------
 
     @_errors
     async def setattr(
@@ -262,7 +266,7 @@ class Operations(pyfuse3.Operations):
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         await self.vfs.removexattr(inode, name, _caller(ctx))
 
-    # -- data --------------------------------------------------------------------------------------------------
+    # -- data -------------------------------------------------------------------------------------
 
     @_errors
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:

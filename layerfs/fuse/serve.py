@@ -31,8 +31,10 @@ def serve(
     fuse_options: set[str],
     ready: Callable[[], None],
 ) -> None:
-    """Mounts, calls `ready` when the kernel knows the mount and requests are about to be answered, and returns after it was unmounted
-    (umount, SIGTERM, SIGINT) and the upper synced. Raises LayerfsError before anything is mounted."""
+    """Mounts, calls `ready` when the kernel knows the mount and requests are about to be answered, and
+    returns after it was unmounted (umount, SIGTERM, SIGINT) and the upper synced. Raises LayerfsError before
+    anything is mounted.
+    """
     os.umask(0)
     checks.check_stack(config, mountpoint)
     prefix = _prefix(config)
@@ -79,7 +81,9 @@ async def _end_on_signal(operations: Operations, task_status: trio.TaskStatus[No
 
 
 def _finish(upper: Upper | None) -> None:
-    """Nothing of a FUSE mount is synced by the kernel when it goes: the daemon does it (overlayfs does in ovl_put_super)."""
+    """Nothing of a FUSE mount is synced by the kernel when it goes: the daemon does it (overlayfs does in
+    ovl_put_super).
+    """
     if upper is None:
         return
     try:
@@ -100,7 +104,9 @@ def _prefix(config: StackConfig) -> str:
 
 
 def _pool_capacity() -> int:
-    """Directory descriptors to keep: a quarter of what the process may open, the rest is for open files and pins."""
+    """Directory descriptors to keep: a quarter of what the process may open, the rest is for open files and
+    pins.
+    """
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

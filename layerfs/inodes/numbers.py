@@ -1,17 +1,19 @@
 """How the inode number that stat shows is made.
 
-    bits 48..62  number of the layer: 0 the upper, 1 the lowest lower, counting upwards (so a layer put on top moves nobody)
-    bits  0..47  inode number in that layer's own file system
-    bit  62      set: a number handed out for this mount only (see below)
+    bits 48..62  number of the layer: 0 the upper, 1 the lowest lower, counting upwards (so a layer put on top
+    moves nobody) bits  0..47  inode number in that layer's own file system bit  62      set: a number handed
+    out for this mount only (see below)
 
-So numbers are unique in the mount and the same after a remount without anything being stored; an object that was copied up keeps
-the number of its lower, which is stored beside it (`overlay.layerfs.ino` or work/layerfs/inodes).
+So numbers are unique in the mount and the same after a remount without anything being stored; an object that
+was copied up keeps the number of its lower, which is stored beside it (`overlay.layerfs.ino` or
+work/layerfs/inodes).
 
-Numbers that do not fit (a file system with inode numbers beyond 2^48, or 2^14 layers), and numbers that are taken by another live node (a
-hostile upper can name one lower directory twice), come from a counter above bit 62 and last as long as the node.
+Numbers that do not fit (a file system with inode numbers beyond 2^48, or 2^14 layers), and numbers that are
+taken by another live node (a hostile upper can name one lower directory twice), come from a counter above bit
+62 and last as long as the node.
 
-1 is the root's (the kernel fixes its node id). No object inside a tree can have it on file systems we know: ext4 and xfs keep it,
-btrfs starts at 256, and on tmpfs it is the root of the file system itself.
+1 is the root's (the kernel fixes its node id). No object inside a tree can have it on file systems we know:
+ext4 and xfs keep it, btrfs starts at 256, and on tmpfs it is the root of the file system itself.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """POSIX ACLs in their xattr form, as far as inheritance needs them.
 
-Source: include/uapi/linux/posix_acl_xattr.h; POSIX.1e 23.1.2 "Object creation and default ACL"; fs/posix_acl.c posix_acl_create_masq.
+Source: include/uapi/linux/posix_acl_xattr.h; POSIX.1e 23.1.2 "Object creation and default ACL";
+fs/posix_acl.c posix_acl_create_masq.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ _OTHER: Final = 0x20
 def inherit(default: bytes, mode: int) -> tuple[int, bytes | None]:
     """What a new object gets from its directory's default ACL.
 
-    `default` is the xattr's value, `mode` the mode asked for. Returns the mode it really gets (type and high bits kept) and the value
-    of its access ACL, or None when the mode says it all. Raises ValueError when `default` is not an ACL."""
+    `default` is the xattr's value, `mode` the mode asked for. Returns the mode it really gets (type and high
+    bits kept) and the value of its access ACL, or None when the mode says it all. Raises ValueError when
+    `default` is not an ACL."""
     if (
         len(default) < _HEADER.size
         or _HEADER.unpack_from(default)[0] != _VERSION

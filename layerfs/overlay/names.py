@@ -10,7 +10,8 @@ from typing import Final
 TRUSTED: Final = "trusted.overlay."
 USER: Final = "user.overlay."
 
-#: Marks of fuse-overlayfs and containers/storage: read where DESIGN says so, never shown, never set through a mount.
+#: Marks of fuse-overlayfs and containers/storage: read where DESIGN says so, never shown, never set through a
+#: mount.
 FOREIGN: Final = ("user.fuseoverlayfs.", "user.containers.override_stat")
 
 #: Forms in which others mark a directory opaque; honoured in lower layers beside our own.
@@ -31,7 +32,8 @@ class XattrNames:
         self.nlink = prefix + "nlink"
         self.whiteout = prefix + "whiteout"
         self.protattr = prefix + "protattr"
-        #: layerfs's own: the inode number shown, in ASCII. The kernel hides and ignores names under its prefix that it does not know.
+        #: layerfs's own: the inode number shown, in ASCII. The kernel hides and ignores names under its
+        #: prefix that it does not know.
         self.ino = prefix + "layerfs.ino"
 
     def __repr__(self) -> str:
@@ -52,7 +54,9 @@ def shown(stored: str) -> str | None:
 
 
 def stored(name: str) -> str | None:
-    """The name under which a user's xattr is kept on disk; None when users may not have it. Inverse of `shown`."""
+    """The name under which a user's xattr is kept on disk; None when users may not have it. Inverse of
+    `shown`.
+    """
     for prefix in (TRUSTED, USER):
         if name.startswith(prefix):
             return prefix + "overlay." + name[len(prefix) :]

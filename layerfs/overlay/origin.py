@@ -50,7 +50,9 @@ def encode(origin: Origin) -> bytes | None:
 
 
 def decode(value: bytes) -> Origin | None:
-    """The origin, or None for a value that is empty (the kernel's "unknown"), malformed, or of another byte order. Never raises."""
+    """The origin, or None for a value that is empty (the kernel's "unknown"), malformed, or of another byte
+    order. Never raises.
+    """
     if len(value) < _HEADER.size:
         return None
     version, magic, length, flags, handle_type, uuid = _HEADER.unpack_from(value)
@@ -62,7 +64,9 @@ def decode(value: bytes) -> Origin | None:
 
 
 def real_ino(origin: Origin) -> int | None:
-    """The inode number inside the handle, read and not opened (DESIGN: origin handles of lowers are not opened); None where unknown."""
+    """The inode number inside the handle, read and not opened (DESIGN: origin handles of lowers are not
+    opened); None where unknown.
+    """
     handle = origin.handle
     if origin.handle_type == 1 and len(handle) == 12:
         # tmpfs (mm/shmem.c shmem_encode_fh): generation, then the two halves of the inode number

@@ -1,4 +1,5 @@
-"""The redirect xattr: where in the layers below the content of a renamed directory (or metadata-only file) lies.
+"""The redirect xattr: where in the layers below the content of a renamed directory (or metadata-only file)
+lies.
 
 Source: overlayfs.rst, "redirect_dir"; fs/overlayfs/namei.c ovl_check_redirect, util.c ovl_get_redirect_xattr.
 """
@@ -14,10 +15,11 @@ MAX_LENGTH: Final = 4096
 
 
 def decode(value: bytes) -> bytes:
-    """Checks a stored redirect and returns it: `/a/b`, absolute from the overlay's root, or one plain name, a sibling.
+    """Checks a stored redirect and returns it: `/a/b`, absolute from the overlay's root, or one plain name, a
+    sibling.
 
-    Raises OSError(EIO) for anything else (empty, `..`, `.`, double or trailing slashes, NUL, too long): a layer's author may write
-    what he likes here, and the kernel answers such values with an error too."""
+    Raises OSError(EIO) for anything else (empty, `..`, `.`, double or trailing slashes, NUL, too long): a
+    layer's author may write what he likes here, and the kernel answers such values with an error too."""
     value = value.rstrip(b"\0") if value.endswith(b"\0") else value
     parts = value[1:].split(b"/") if value.startswith(b"/") else [value]
     if (

@@ -1,6 +1,7 @@
 """Lower layers, the names in them, and how directories of several layers become one.
 
-Reads only. Nothing here knows of nodes, FUSE or the upper's writing side; all functions may run in worker threads.
+Reads only. Nothing here knows of nodes, FUSE or the upper's writing side; all functions may run in worker
+threads.
 """
 
 from layerfs.stack.layer import Layer, LowerDir, Stack

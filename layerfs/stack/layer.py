@@ -1,7 +1,9 @@
-"""One layer, a directory inside a lower layer, and the whole stack. Descriptors only: a layer's path is used once, to open it.
+"""One layer, a directory inside a lower layer, and the whole stack. Descriptors only: a layer's path is used
+once, to open it.
 
-Everything is opened relative to the layer's root with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS: no name, link or redirect
-that a layer's author wrote leads outside, nor does a mount point that covers a layer after it was opened.
+Everything is opened relative to the layer's root with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS: no
+name, link or redirect that a layer's author wrote leads outside, nor does a mount point that covers a layer
+after it was opened.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ INSIDE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
 
 
 class Layer:
-    """The root of one layer. `index` counts lowers from the top, 0 first; -1 is the upper. `number` is the one in inode numbers."""
+    """The root of one layer. `index` counts lowers from the top, 0 first; -1 is the upper. `number` is the
+    one in inode numbers.
+    """
 
     __slots__ = ("fd", "index", "number", "path", "root")
 
@@ -56,15 +60,19 @@ def _open_upper(path: str) -> int:
 
 
 def _open_lower(path: str) -> int:
-    """As the kernel's clone_private_mount: what is mounted inside a layer is not part of it, and `umount MNT && umount LAYER` does not meet
-    a daemon that is still ending. (The upper must share its mount with the work directory: rename(2) refuses to cross mounts.)"""
+    """As the kernel's clone_private_mount: what is mounted inside a layer is not part of it, and `umount MNT
+    && umount LAYER` does not meet a daemon that is still ending. (The upper must share its mount with the
+    work directory: rename(2) refuses to cross mounts.)
+    """
     os.close(_open_upper(path))  # a directory that we may read, or the reason why not
     clone = clone_mount(os.fsencode(path))
     return clone if clone is not None else _open_upper(path)
 
 
 class LowerDir:
-    """A directory of a lower layer, by its fixed path there (lowers do not change). Descriptors are kept in the stack's pool."""
+    """A directory of a lower layer, by its fixed path there (lowers do not change). Descriptors are kept in
+    the stack's pool.
+    """
 
     __slots__ = ("layer", "path")
 
@@ -95,7 +103,9 @@ class Stack:
         self.pool = FdPool(pool_capacity)
 
     def open(self, directory: LowerDir) -> OwnedFd:
-        """An O_PATH descriptor of `directory`. Raises OSError, ENOENT or ENOTDIR when the lower was changed from outside."""
+        """An O_PATH descriptor of `directory`. Raises OSError, ENOENT or ENOTDIR when the lower was changed
+        from outside.
+        """
         if not directory.path:
             return directory.layer.fd
         return self.pool.get(directory, lambda: self._open(directory))

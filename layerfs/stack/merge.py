@@ -1,10 +1,12 @@
 """Merging: the names of one directory out of all the layers that hold it, read once.
 
-The rule (overlayfs.rst "Merging", "whiteouts and opaque directories"; image-spec layer.md "Whiteouts"), from the top layer down:
-the first layer that holds a name decides what it is; a directory collects the directories of that name further down until something
-else, a whiteout or an opaque mark stops it. A whiteout hides the layers *below* its own: a file beside its own `.wh.` is seen.
+The rule (overlayfs.rst "Merging", "whiteouts and opaque directories"; image-spec layer.md "Whiteouts"), from
+the top layer down: the first layer that holds a name decides what it is; a directory collects the directories
+of that name further down until something else, a whiteout or an opaque mark stops it. A whiteout hides the
+layers *below* its own: a file beside its own `.wh.` is seen.
 
-Cost: one listing a layer, and one lstat for each entry that could be a whiteout device. No attributes are read.
+Cost: one listing a layer, and one lstat for each entry that could be a whiteout device. No attributes are
+read.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Entry:
         self.is_dir = is_dir
         #: some lower layer shows this name: removing it from the upper needs a whiteout
         self.lower = home is not None
-        #: for a directory: the lower directories that hold a directory of this name, top first (`home` included)
+        #: for a directory: the lower directories that hold a directory of this name, top first (`home`
+        #: included)
         self.lowers: tuple[LowerDir, ...] = (home,) if is_dir and home is not None else ()
         #: the live node, owned by `vfs`
         self.node: object | None = None
@@ -55,8 +58,10 @@ def merge_directory(
     lowers: Sequence[tuple[LowerDir, OwnedFd]],
     names: XattrNames,
 ) -> Merged:
-    """Merges one directory. `upper` is a descriptor of its upper directory; `lowers` the lower ones, top first, already cut at the first
-    opaque one. Blocks; may run in a thread. Raises OSError when a layer cannot be read (never a partial result)."""
+    """Merges one directory. `upper` is a descriptor of its upper directory; `lowers` the lower ones, top
+    first, already cut at the first opaque one. Blocks; may run in a thread. Raises OSError when a layer
+    cannot be read (never a partial result).
+    """
     merged = Merged()
     closed: set[bytes] = set()
     sources: list[tuple[LowerDir | None, OwnedFd]] = list(lowers)
@@ -83,7 +88,9 @@ def _merge_layer(
     names: XattrNames,
     looks_for_x: bool,
 ) -> bool:
-    """Adds one layer's names; puts what it whites out into `hidden`. Returns whether it holds the OCI opaque mark."""
+    """Adds one layer's names; puts what it whites out into `hidden`. Returns whether it holds the OCI opaque
+    mark.
+    """
     opaque = False
     with OwnedDir(directory) as listing:
         x_form = looks_for_x and _has_xwhiteouts(listing.fd, names)
@@ -141,7 +148,9 @@ def _is_xattr_whiteout(fd: int, name: bytes, item: os.DirEntry[str], names: Xatt
 
 
 class OwnedDir:
-    """A readable descriptor of the directory behind an O_PATH one, without touching its access time where we may."""
+    """A readable descriptor of the directory behind an O_PATH one, without touching its access time where we
+    may.
+    """
 
     __slots__ = ("_fd", "fd")
 

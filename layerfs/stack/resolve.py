@@ -1,7 +1,9 @@
-"""Which lower directories make up a directory, and where the data of a metadata-only file lie: opaque marks and redirects.
+"""Which lower directories make up a directory, and where the data of a metadata-only file lie: opaque marks
+and redirects.
 
-Mirrors ovl_lookup() (fs/overlayfs/namei.c) layer by layer. A redirect only ever leads *down*, to layers below the one that holds it, so
-there can be no loop; it is walked one component at a time from a layer's root, so it cannot leave the layer.
+Mirrors ovl_lookup() (fs/overlayfs/namei.c) layer by layer. A redirect only ever leads *down*, to layers below
+the one that holds it, so there can be no loop; it is walked one component at a time from a layer's root, so
+it cannot leave the layer.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ _NO_MARKS = Marks()
 def read_marks(parent: int, name: bytes, names: XattrNames, *, lower: bool) -> Marks:
     """Reads the marks of `name` in the directory `parent`. One system call for the many that have none.
 
-    In a lower layer (`lower`) every form of opaque mark counts, in the upper only ours. Raises OSError(EIO) for a nonsense redirect."""
+    In a lower layer (`lower`) every form of opaque mark counts, in the upper only ours. Raises OSError(EIO)
+    for a nonsense redirect."""
     try:
         present = os.listxattr(at_path(parent, name), follow_symlinks=False)
     except OSError as error:
@@ -62,8 +65,9 @@ def lower_directories(
 ) -> tuple[LowerDir, ...]:
     """The lower directories that make up the directory `name`, top first.
 
-    `parent_lowers` are its parent's; `holders` those of them that hold a directory of that name (`Entry.lowers`); `upper_parent` is the
-    parent's upper directory when `name` is in the upper. Raises OSError(EIO) for a nonsense redirect."""
+    `parent_lowers` are its parent's; `holders` those of them that hold a directory of that name
+    (`Entry.lowers`); `upper_parent` is the parent's upper directory when `name` is in the upper. Raises
+    OSError(EIO) for a nonsense redirect."""
     found: list[LowerDir] = []
     target: bytes | None = None
     below = -1
@@ -132,10 +136,13 @@ class _Step:
 
 
 def _walk(stack: Stack, start: LowerDir, path: Sequence[bytes]) -> _Step | None:
-    """Walks `path` from `start` within one layer, marks of every component heeded; None when the layer says nothing of it."""
+    """Walks `path` from `start` within one layer, marks of every component heeded; None when the layer says
+    nothing of it.
+    """
     here = start
     stop = False
-    # What layers below are asked for: the same path, unless a component on the way was moved (even when the end is not found here).
+    # What layers below are asked for: the same path, unless a component on the way was moved (even when the
+    # end is not found here).
     below = start.path.split(b"/") if start.path else []
     moved = False
 
@@ -192,9 +199,11 @@ def _has_opaque_file(parent: int, name: bytes) -> bool:
 def data_source(
     stack: Stack, parent_lowers: Sequence[LowerDir], name: bytes, target: bytes | None, below: int
 ) -> tuple[LowerDir, bytes]:
-    """Where the data of a metadata-only file lie: (directory, name) of a regular file in a layer after `below`.
+    """Where the data of a metadata-only file lie: (directory, name) of a regular file in a layer after
+    `below`.
 
-    `target` is the file's own redirect, if it has one. Raises OSError(EIO) when there is none: the kernel answers so too."""
+    `target` is the file's own redirect, if it has one. Raises OSError(EIO) when there is none: the kernel
+    answers so too."""
     wanted = target if target is not None else name
     while True:
         again: tuple[bytes, int] | None = None

@@ -1,7 +1,8 @@
 """Copy-up: making an upper object out of a lower one, complete in the work directory before it is seen.
 
-Order of what is set, and why: data first (writing clears privileges and moves mtime); owner before mode (chown clears setuid); mode before ACLs
-(an access ACL rewrites the group bits) and capabilities last of the xattrs' worries (chown and write drop security.capability); times at the very end.
+Order of what is set, and why: data first (writing clears privileges and moves mtime); owner before mode
+(chown clears setuid); mode before ACLs (an access ACL rewrites the group bits) and capabilities last of the
+xattrs' worries (chown and write drop security.capability); times at the very end.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Source:
 
     @property
     def path(self) -> bytes:
-        """For calls without a descriptor. An empty name means the descriptor is the object (an unlinked one)."""
+        """For calls without a descriptor. An empty name means the descriptor is the object (an unlinked
+        one).
+        """
         return at_path(self.directory.fd, self.name) if self.name else fd_path(self.directory.fd)
 
     @property
@@ -63,8 +66,8 @@ def make(
 ) -> Copy:
     """Copies a non-directory into the work directory. Blocks when `data` is given; may run in a thread.
 
-    `data`: descriptor to copy the first `size` bytes from, None for no data. `metacopy`: mark it as having attributes only.
-    Raises OSError or Cancelled; nothing is left behind then."""
+    `data`: descriptor to copy the first `size` bytes from, None for no data. `metacopy`: mark it as having
+    attributes only. Raises OSError or Cancelled; nothing is left behind then."""
     work = upper.work.fd.fd
     temporary = upper.work.temporary()
     fd: OwnedFd | None = None
@@ -96,10 +99,11 @@ def make(
 
 
 def fill(upper: Upper, target: OwnedFd, data: OwnedFd, size: int, cancelled: Callable[[], bool]) -> None:
-    """Copies the data of a metadata-only upper file into itself: for one with several names, which a rename would part.
+    """Copies the data of a metadata-only upper file into itself: for one with several names, which a rename
+    would part.
 
-    Blocks. Only kernel overlayfs makes such files. A crash leaves the lower's data in force, but mtime may be that of the crash.
-    Raises OSError or Cancelled, the file as before."""
+    Blocks. Only kernel overlayfs makes such files. A crash leaves the lower's data in force, but mtime may be
+    that of the crash. Raises OSError or Cancelled, the file as before."""
     before = os.fstat(target.fd)
     try:
         copy_data(data.fd, target.fd, size, cancelled)
@@ -115,7 +119,9 @@ def fill(upper: Upper, target: OwnedFd, data: OwnedFd, size: int, cancelled: Cal
 
 
 def make_directory(upper: Upper, source: Source) -> bytes:
-    """An empty upper directory with the attributes of a lower one, in the work directory; its name there. Raises OSError."""
+    """An empty upper directory with the attributes of a lower one, in the work directory; its name there.
+    Raises OSError.
+    """
     work = upper.work.fd.fd
     temporary = upper.work.temporary()
     os.mkdir(temporary, 0o700, dir_fd=work)
@@ -168,8 +174,8 @@ def _optional(call: Callable[[], None]) -> None:
 def _copy_xattrs(source: Source, target: bytes) -> None:
     """Copies what a user sees, in its stored form; overlay marks stay behind.
 
-    As the kernel's ovl_copy_xattr: an ACL that cannot be copied is an error; `security.` and `trusted.` ones that this process may not set
-    or the file system does not take are passed over."""
+    As the kernel's ovl_copy_xattr: an ACL that cannot be copied is an error; `security.` and `trusted.` ones
+    that this process may not set or the file system does not take are passed over."""
     path, follow = source.path, source.follow
     try:
         present = os.listxattr(path, follow_symlinks=follow)
@@ -191,7 +197,8 @@ def _copy_xattrs(source: Source, target: bytes) -> None:
 def publish(upper: Upper, temporary: bytes, parent: OwnedFd, name: bytes, *, replace: bool) -> None:
     """Shows a finished copy: one rename. The parent's times are what they were; it is marked impure.
 
-    `replace`: the upper has the object already, without its data. Raises OSError; the temporary is then removed."""
+    `replace`: the upper has the object already, without its data. Raises OSError; the temporary is then
+    removed."""
     work = upper.work.fd.fd
     before = os.fstat(parent.fd)
     try:
@@ -208,7 +215,9 @@ def publish(upper: Upper, temporary: bytes, parent: OwnedFd, name: bytes, *, rep
 
 
 def restore_times(directory: OwnedFd, before: os.stat_result) -> None:
-    """A copy-up is not a change of the directory (kernel: ovl_set_timestamps on the parent). Best effort, as there."""
+    """A copy-up is not a change of the directory (kernel: ovl_set_timestamps on the parent). Best effort, as
+    there.
+    """
     try:
         os.utime(fd_path(directory.fd), ns=(before.st_atime_ns, before.st_mtime_ns))
     except OSError:

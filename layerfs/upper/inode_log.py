@@ -1,8 +1,9 @@
 """Numbers of upper objects that cannot carry an xattr: symbolic links and devices under `user.` xattrs.
 
-WORK/layerfs/inodes is a log of lines `HANDLE-TYPE:HANDLE-HEX REAL-INO INO\\n` (decimal numbers). A file handle holds the inode's generation, so an
-entry can never speak of another object that got the same inode number later. Lines are appended with one write each; a torn last
-line (crash) is dropped at the next mount, and the object then shows its own number. The log is compacted at mount.
+WORK/layerfs/inodes is a log of lines `HANDLE-TYPE:HANDLE-HEX REAL-INO INO\\n` (decimal numbers). A file
+handle holds the inode's generation, so an entry can never speak of another object that got the same inode
+number later. Lines are appended with one write each; a torn last line (crash) is dropped at the next mount,
+and the object then shows its own number. The log is compacted at mount.
 """
 
 from __future__ import annotations

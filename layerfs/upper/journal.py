@@ -1,6 +1,8 @@
-"""The journal of a hard-link copy-up: all names of a file move to the upper together, or the next mount finishes it.
+"""The journal of a hard-link copy-up: all names of a file move to the upper together, or the next mount
+finishes it.
 
-WORK/layerfs/links.N, JSON: {"temporary": NAME in WORK/work, "names": [[DIRECTORY, NAME], …]} with bytes in latin-1.
+WORK/layerfs/links.N, JSON: {"temporary": NAME in WORK/work, "names": [[DIRECTORY, NAME], …]} with bytes in
+latin-1.
 
     1. the copy is complete in WORK/work           crash: the mount removes it, lowers are seen
     2. journal written and fsynced                 crash: the mount links all names
@@ -46,7 +48,9 @@ def remove(work: WorkDir, journal: str) -> None:
 
 
 def recover(work: WorkDir, upper: OwnedFd) -> None:
-    """Finishes every journalled copy-up. Called at mount, before the work directory is emptied. Raises OSError."""
+    """Finishes every journalled copy-up. Called at mount, before the work directory is emptied. Raises
+    OSError.
+    """
     for journal in sorted(os.listdir(work.state.fd)):
         if journal.startswith("." + _PREFIX):
             os.unlink(journal, dir_fd=work.state.fd)

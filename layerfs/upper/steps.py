@@ -1,6 +1,7 @@
 """The places at which a crash is interesting: after each on-disk step of an operation.
 
-`step(name)` does nothing unless a test has put a function into `hook`; tests kill the process there, or shut the file system down.
+`step(name)` does nothing unless a test has put a function into `hook`; tests kill the process there, or shut
+the file system down.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The upper layer's writer: what it can do here, and making, marking and removing objects in it.
 
-All methods are synchronous and short (a few system calls); the ones that copy data are in `copyup` and say that they block.
+All methods are synchronous and short (a few system calls); the ones that copy data are in `copyup` and say
+that they block.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Upper:
         self._whiteout: bytes | None = None
         self._uuids: dict[int, bytes | None] = {}
 
-    # -- probing ---------------------------------------------------------------------------------------------
+    # -- probing ----------------------------------------------------------------------------------
 
     def _probe(self) -> Ability:
         work = self.work.fd.fd
@@ -100,7 +101,7 @@ class Upper:
             remove_tree(work, one)
             remove_tree(work, two)
 
-    # -- marks -----------------------------------------------------------------------------------------------
+    # -- marks ------------------------------------------------------------------------------------
 
     def _set(self, parent: int, name: bytes, attribute: str, value: bytes) -> None:
         lsetxattr(parent, name, attribute, value)
@@ -113,7 +114,9 @@ class Upper:
         self._set(parent, name, self.names.redirect, redirect.encode(path))
 
     def set_impure(self, directory: OwnedFd) -> None:
-        """Marks a directory that holds objects with an origin: the kernel, and we, then look for their numbers when listing."""
+        """Marks a directory that holds objects with an origin: the kernel, and we, then look for their
+        numbers when listing.
+        """
         try:
             os.setxattr(fd_path(directory.fd), self.names.impure, b"y")
         except OSError as error:
@@ -170,7 +173,9 @@ class Upper:
             return None
 
     def make_origin(self, directory: int, name: bytes) -> bytes:
-        """The origin value for the lower object `name` in `directory`; empty, the kernel's "unknown", where the file system has no handles."""
+        """The origin value for the lower object `name` in `directory`; empty, the kernel's "unknown", where
+        the file system has no handles.
+        """
         handle = name_to_handle(directory, name)
         if handle is None:
             return b""
@@ -187,10 +192,12 @@ class Upper:
             return b""
         return origin.encode(origin.Origin(uuid, *handle)) or b""
 
-    # -- whiteouts -------------------------------------------------------------------------------------------
+    # -- whiteouts --------------------------------------------------------------------------------
 
     def _device_whiteout(self) -> bytes:
-        """Name in the work directory of a fresh link to the shared whiteout (the kernel shares one inode too: fewer inodes, faster)."""
+        """Name in the work directory of a fresh link to the shared whiteout (the kernel shares one inode too:
+        fewer inodes, faster).
+        """
         work = self.work.fd.fd
         fresh = self.work.temporary()
         if self._whiteout is not None:
@@ -209,7 +216,8 @@ class Upper:
         return fresh
 
     def whiteout(self, parent: int, name: bytes, *, present: bool, is_dir: bool) -> None:
-        """Hides `name` of the layers below; what the upper has there (`present`) goes. Atomic. Raises OSError, nothing changed.
+        """Hides `name` of the layers below; what the upper has there (`present`) goes. Atomic. Raises
+        OSError, nothing changed.
 
         A directory must hold nothing but whiteouts, which `clear` has removed."""
         if self.ability.whiteouts == "file":
@@ -242,7 +250,9 @@ class Upper:
         step("whiteout.placed")
 
     def _remove_behind(self, parent: int, name: bytes, is_dir: bool) -> None:
-        """Removes what a `.wh.` file hides already; when it cannot be, the mark goes again, so that nothing changed."""
+        """Removes what a `.wh.` file hides already; when it cannot be, the mark goes again, so that nothing
+        changed.
+        """
         try:
             if is_dir:
                 os.rmdir(name, dir_fd=parent)
@@ -254,8 +264,10 @@ class Upper:
         step("whiteout.removed")
 
     def clear(self, parent: int, name: bytes) -> None:
-        """Makes the upper directory `name`, which shows nothing, really empty: opaque first, then its whiteouts go, so that every
-        crash between shows the same. Raises OSError(ENOTEMPTY) when it holds anything else: somebody else put it there."""
+        """Makes the upper directory `name`, which shows nothing, really empty: opaque first, then its
+        whiteouts go, so that every crash between shows the same. Raises OSError(ENOTEMPTY) when it holds
+        anything else: somebody else put it there.
+        """
         directory = OwnedFd(
             os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         )
@@ -274,7 +286,9 @@ class Upper:
         step("remove.cleared")
 
     def drop_whiteouts(self, directory: OwnedFd, names: Iterable[bytes]) -> None:
-        """Removes the whiteouts of `names` in a directory that has just become opaque: none stand inside an opaque one."""
+        """Removes the whiteouts of `names` in a directory that has just become opaque: none stand inside an
+        opaque one.
+        """
         for name in names:
             os.unlink(
                 name if self.ability.whiteouts == "device" else whiteout.PREFIX + name, dir_fd=directory.fd
@@ -288,7 +302,7 @@ class Upper:
             os.unlink(name, dir_fd=parent)
         step("remove.done")
 
-    # -- placing -----------------------------------------------------------------------------------------------
+    # -- placing ----------------------------------------------------------------------------------
 
     def place(self, temporary: bytes, parent: int, name: bytes, *, over_whiteout: bool, is_dir: bool) -> None:
         """Puts a finished object from the work directory at `name`, over a whiteout if there is one. Atomic.
@@ -314,7 +328,9 @@ class Upper:
             raise
 
     def place_copy(self, temporary: bytes, parent: int, name: bytes) -> None:
-        """Puts a copy at a name the upper does not have. Raises OSError(EEXIST) when it does after all; the caller cleans up."""
+        """Puts a copy at a name the upper does not have. Raises OSError(EEXIST) when it does after all; the
+        caller cleans up.
+        """
         renameat2(self.work.fd.fd, temporary, parent, name, RENAME_NOREPLACE)
 
     def discard(self, temporary: bytes) -> None:

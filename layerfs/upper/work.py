@@ -10,7 +10,6 @@ WORK/                     the directory the user names
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import itertools
 import os
@@ -19,15 +18,22 @@ import stat
 from layerfs.errors import BusyError, MountError
 from layerfs.fdutil import OwnedFd
 
+#: Lock file in the work directory, held with flock(2) by a live mount; so is the upper directory itself.
 LOCK_NAME = "layerfs.lock"
+#: The kernel's mark (fs/overlayfs/super.c `ovl_create_volatile_dirs`): seen from the work directory. Who mounts
+#: looks for it first (`vfs.checks`).
+VOLATILE_MARK = "work/incompat/volatile"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class WorkDir:
-    """The opened work directory. `fd` is WORK/work, where temporary objects are made; `state` is WORK/layerfs."""
+    """The opened work directory. `fd` is WORK/work, where temporary objects are made; `state` is
+    WORK/layerfs.
+    """
 
     def __init__(self, path: str, upper: OwnedFd, upper_path: str) -> None:
-        """Opens and locks. Raises BusyError when a live mount has the upper or the work directory, MountError otherwise.
+        """Opens and locks. Raises BusyError when a live mount has the upper or the work directory, MountError
+        otherwise.
 
         Cleans nothing yet: that is `prepare`, after the journals were read."""
         self.path = path
@@ -48,12 +54,6 @@ class WorkDir:
                 fcntl.flock(fd.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BusyError(f"{what} is in use by another layerfs mount") from None
-        if self._has_volatile_marker():
-            raise MountError(
-                f"{path}: the upper was used by a volatile mount that did not end cleanly and cannot be trusted; "
-                f"discard it, or remove {path}/work/incompat/volatile to use it as it is",
-                errno.EINVAL,
-            )
         self.fd = self._subdirectory(b"work", 0o700)
         self.state = self._subdirectory(b"layerfs", 0o700)
         self._counter = itertools.count()
@@ -66,13 +66,6 @@ class WorkDir:
         except OSError as error:
             raise MountError(f"work directory {self.path}: {error.strerror}", error.errno) from error
         return OwnedFd(os.open(name, _DIRECTORY, dir_fd=self.base.fd))
-
-    def _has_volatile_marker(self) -> bool:
-        try:
-            os.stat("work/incompat/volatile", dir_fd=self.base.fd, follow_symlinks=False)
-        except OSError:
-            return False
-        return True
 
     def prepare(self, volatile: bool) -> None:
         """Removes what a crash left and sets the volatile marker when asked. Raises OSError."""
@@ -91,7 +84,9 @@ class WorkDir:
 
 
 def remove_tree(parent: int, name: bytes) -> None:
-    """Removes `name` in `parent` with all below it; never follows a link, never leaves the tree. Missing is fine. Raises OSError."""
+    """Removes `name` in `parent` with all below it; never follows a link, never leaves the tree. Missing is
+    fine. Raises OSError.
+    """
     try:
         st = os.stat(name, dir_fd=parent, follow_symlinks=False)
     except FileNotFoundError:

@@ -8,7 +8,8 @@ Who does what:
     files       handles, data
     attributes  setattr, xattrs
 
-All state is touched on the event loop's thread only. Every operation has two halves: *prepare* may await (load directories, copy data), and
-*commit* runs without an await, after checking again what prepare found. So no lock is held over an await, and no order of requests can
-see half of a change.
+All state is touched on the event loop's thread only. Every operation has two halves: *prepare* may await
+(load directories, copy data), and
+*commit* runs without an await, after checking again what prepare found. So no lock is held over an await, and
+no order of requests can see half of a change.
 """

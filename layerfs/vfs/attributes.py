@@ -89,7 +89,9 @@ class Attributes:
 
     @staticmethod
     def _open_for_writing(node: Node, target: OwnedFd) -> int:
-        """The caller may have the file open for writing though its mode (changed since) no longer lets this process open it."""
+        """The caller may have the file open for writing though its mode (changed since) no longer lets this
+        process open it.
+        """
         try:
             return os.open(fd_path(target.fd), os.O_WRONLY | os.O_CLOEXEC)
         except PermissionError:
@@ -98,7 +100,7 @@ class Attributes:
                     return os.dup(handle.fd.fd)
             raise
 
-    # -- xattrs ------------------------------------------------------------------------------------------------
+    # -- xattrs -----------------------------------------------------------------------------------
 
     async def set_xattr(self, node: Node, name: bytes, value: bytes, caller: Caller) -> None:
         """Raises OSError: EPERM for marks of overlays."""
@@ -115,7 +117,8 @@ class Attributes:
         try:
             os.getxattr(path, attribute, follow_symlinks=follow)
         except OSError as error:
-            # What is not there costs no copy-up. Taking away an ACL that is not there succeeds (fs/posix_acl.c set_posix_acl).
+            # What is not there costs no copy-up. Taking away an ACL that is not there succeeds
+            # (fs/posix_acl.c set_posix_acl).
             if error.errno == errno.ENODATA and attribute in (acl.ACCESS, acl.DEFAULT):
                 return
             raise

@@ -18,8 +18,9 @@ class Caller:
     def interrupted(self) -> bool:
         """Whether a signal waits for the calling thread that it has neither blocked nor ignored.
 
-        pyfuse3 does not hand on FUSE_INTERRUPT. But a thread that waits for our answer cannot take its signals, so they stand in
-        /proc/PID/status (SigPnd, ShdPnd) until we answer. A caller that is gone counts as interrupted; an invisible one never does."""
+        pyfuse3 does not hand on FUSE_INTERRUPT. But a thread that waits for our answer cannot take its
+        signals, so they stand in /proc/PID/status (SigPnd, ShdPnd) until we answer. A caller that is gone
+        counts as interrupted; an invisible one never does."""
         if self.pid == 0:
             return False
         try:

@@ -18,12 +18,9 @@ from dataclasses import dataclass
 
 from layerfs.errors import BusyError, MountError, UsageError
 from layerfs.fdutil.mountinfo import MountEntry, read_mountinfo
+from layerfs.upper.work import LOCK_NAME, VOLATILE_MARK
 from layerfs.vfs.config import StackConfig
 
-#: Lock file in the work directory, held with flock(2) by a live mount; so is the upper directory itself.
-LOCK_NAME = "layerfs.lock"
-#: The kernel's mark (fs/overlayfs/super.c `ovl_create_volatile_dirs`): seen from the work directory.
-VOLATILE_MARK = "work/incompat/volatile"
 #: Shown inode numbers have 16 bits for the layer, 0 being the upper.
 MAX_LOWERS = (1 << 16) - 2
 #: Descriptors the daemon needs beside one for each layer.

@@ -1,8 +1,10 @@
-"""Bringing objects into the upper: directories at once, files once however many ask, their data in a worker thread.
+"""Bringing objects into the upper: directories at once, files once however many ask, their data in a worker
+thread.
 
-A file that needs its data copied gets a `Job`. All who need it wait for the job; a waiter that is interrupted leaves, and when the last one
-has left the copy is given up. Publishing is one synchronous step on the event loop, where the file's name is looked at again: it may have been
-renamed or unlinked while the data were copied.
+A file that needs its data copied gets a `Job`. All who need it wait for the job; a waiter that is interrupted
+leaves, and when the last one has left the copy is given up. Publishing is one synchronous step on the event
+loop, where the file's name is looked at again: it may have been renamed or unlinked while the data were
+copied.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from layerfs.vfs.tree import Tree, fail
 
 log = logging.getLogger("layerfs.vfs")
 
-#: Seconds between two looks at whether a waiting caller was interrupted: a killed caller is gone well within a second.
+#: Seconds between two looks at whether a waiting caller was interrupted: a killed caller is gone well within
+#: a second.
 _POLL = 0.1
 #: Copies that run at one time. More would only make the disk seek; fifty waiting ones cost nothing.
 _COPIES = 4
@@ -66,10 +69,12 @@ class CopyUp:
         for job in self._jobs:
             job.cancelled = job.ending = True
 
-    # -- directories -------------------------------------------------------------------------------------------
+    # -- directories ------------------------------------------------------------------------------
 
     def directory(self, directory: Directory) -> OwnedFd:
-        """Makes sure that a directory and its parents are in the upper; its upper descriptor. Synchronous. Raises OSError."""
+        """Makes sure that a directory and its parents are in the upper; its upper descriptor. Synchronous.
+        Raises OSError.
+        """
         if directory.in_upper:
             return self.tree.upper_fd(directory)
         missing: list[Directory] = []
@@ -86,7 +91,9 @@ class CopyUp:
         return self.tree.upper_fd(directory)
 
     def _removed_directory(self, directory: Directory) -> OwnedFd:
-        """A lower directory that was removed while somebody has it open can still be given attributes: by a copy without a name."""
+        """A lower directory that was removed while somebody has it open can still be given attributes: by a
+        copy without a name.
+        """
         assert directory.home is not None
         home = self.tree.stack.open(directory.home)
         st = os.stat(directory.home_name, dir_fd=home.fd, follow_symlinks=False)
@@ -130,7 +137,7 @@ class CopyUp:
             entry.home = None
             entry.real = real
 
-    # -- files -------------------------------------------------------------------------------------------------
+    # -- files ------------------------------------------------------------------------------------
 
     async def settle(self, node: File, caller: Caller) -> None:
         """Waits until no copy-up of `node` is under way. Raises OSError(EINTR)."""
@@ -138,7 +145,9 @@ class CopyUp:
             await self._wait(node.job, caller)
 
     async def attributes_only(self, node: File, caller: Caller) -> None:
-        """Makes sure that the file's attributes can be changed: its data need not be in the upper. Raises OSError."""
+        """Makes sure that the file's attributes can be changed: its data need not be in the upper. Raises
+        OSError.
+        """
         while not node.in_upper:
             if node.job is not None:
                 await self._wait(node.job, caller)
@@ -160,30 +169,33 @@ class CopyUp:
                 await self.data(node, caller)
 
     def _may_metacopy(self, node: File) -> bool:
-        """A lower file that has attributes only is copied with its data: a chain of redirects would have to be rebuilt."""
+        """A lower file that has attributes only is copied with its data: a chain of redirects would have to
+        be rebuilt.
+        """
         return self.metacopy and node.parent is not None and not self.tree.is_metacopy(node)
 
     async def data(self, node: File, caller: Caller, size: int | None = None) -> None:
-        """Makes sure that the file is in the upper with its data, or the first `size` bytes of them when it is about to be cut there.
+        """Makes sure that the file is in the upper with its data, or the first `size` bytes of them when it
+        is about to be cut there.
 
-        Raises OSError: EINTR when the caller was interrupted while it waited; what the copy raised (ENOSPC, EIO, …)."""
+        Raises OSError: EINTR when the caller was interrupted while it waited; what the copy raised (ENOSPC,
+        EIO, …)."""
         while not node.in_upper or self.tree.is_metacopy(node):
             job = node.job
             if job is None:
                 st = self.tree.stat_real(node)
-                if not stat.S_ISREG(st.st_mode):
-                    if node.parent is None or st.st_nlink == 1:
-                        copy = copyup.make(
-                            self.upper, self._source(node, st), data=None, size=0, metacopy=False, sync=False
-                        )
-                        self._publish(node, copy, metacopy=False)
-                        return
+                if not stat.S_ISREG(st.st_mode) and (node.parent is None or st.st_nlink == 1):
+                    copy = copyup.make(
+                        self.upper, self._source(node, st), data=None, size=0, metacopy=False, sync=False
+                    )
+                    self._publish(node, copy, metacopy=False)
+                    return
                 job = node.job = Job(size)
                 node.users += 1
                 self._jobs.add(job)
                 self.nursery.start_soon(self._run, node, job, size)
-            # Who needs other bytes than the job copies only waits for its end: it must not keep alive a copy that cuts the file
-            # when the one who wanted it cut has gone.
+            # Who needs other bytes than the job copies only waits for its end: it must not keep alive a copy
+            # that cuts the file when the one who wanted it cut has gone.
             await self._wait(job, caller, counts=job.size == size)
 
     async def _wait(self, job: Job, caller: Caller, *, counts: bool = False) -> None:
@@ -283,7 +295,7 @@ class CopyUp:
             origin = self.upper.make_origin(fd.fd, name)
         return copyup.Source(fd, name, st, node.id, origin)
 
-    # -- publishing --------------------------------------------------------------------------------------------
+    # -- publishing -------------------------------------------------------------------------------
 
     def _publish(self, node: File, copy: copyup.Copy, *, metacopy: bool) -> None:
         """Shows a finished copy under the name its file has now. Synchronous."""
@@ -309,7 +321,9 @@ class CopyUp:
         self.tree.keep_ctime(node, old_ctime)
 
     def _publish_links(self, node: File, copy: copyup.Copy, names: list[tuple[Directory, bytes]]) -> None:
-        """Shows a copy under all names of its file. Synchronous; journalled, so that a crash leaves none or all after the next mount."""
+        """Shows a copy under all names of its file. Synchronous; journalled, so that a crash leaves none or
+        all after the next mount.
+        """
         old_ctime = self.tree.shown_ctime(node)
         work = self.upper.work.fd.fd
         old_real = node.real
@@ -365,7 +379,9 @@ class CopyUp:
 
     @staticmethod
     def _switch_handles(node: File, fd: OwnedFd | None, metacopy: bool) -> None:
-        """Descriptors opened for reading before the copy-up read the upper file from now on (POSIX; the kernel's overlayfs does not)."""
+        """Descriptors opened for reading before the copy-up read the upper file from now on (POSIX; the
+        kernel's overlayfs does not).
+        """
         if fd is None or metacopy:
             return
         for handle in node.handles or ():

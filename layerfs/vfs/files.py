@@ -17,10 +17,12 @@ from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.node import Directory, File
 from layerfs.vfs.tree import Tree, fail
 
-#: Flags of open(2) that the backing descriptor gets as well. O_APPEND must not be among them: pwrite(2) would ignore its offset; the
-#: kernel has computed it already. O_DIRECT would demand aligned memory; the kernel side is direct all the same.
+#: Flags of open(2) that the backing descriptor gets as well. O_APPEND must not be among them: pwrite(2) would
+#: ignore its offset; the kernel has computed it already. O_DIRECT would demand aligned memory; the kernel
+#: side is direct all the same.
 _KEPT = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
-#: Writes up to this size (bytes) are done on the event loop: a copy into the page cache is faster than waking a thread.
+#: Writes up to this size (bytes) are done on the event loop: a copy into the page cache is faster than waking
+#: a thread.
 _INLINE_WRITE = 64 << 10
 _SETID = stat.S_ISUID | stat.S_ISGID
 
@@ -39,9 +41,11 @@ class Handle:
 
 
 class DirectoryHandle:
-    """An open directory: its names as they were at the first read or the last rewind, so that offsets stay what they are.
+    """An open directory: its names as they were at the first read or the last rewind, so that offsets stay
+    what they are.
 
-    Offset n is the nth name of that list; names that went meanwhile are passed over, so nothing is listed twice or missed."""
+    Offset n is the nth name of that list; names that went meanwhile are passed over, so nothing is listed
+    twice or missed."""
 
     __slots__ = ("id", "names", "node")
 
@@ -63,7 +67,7 @@ class Files:
         self._io = trio.CapacityLimiter(16)
         self._syncs = trio.CapacityLimiter(8)
 
-    # -- opening -----------------------------------------------------------------------------------------------
+    # -- opening ----------------------------------------------------------------------------------
 
     def _number(self) -> HandleId:
         self._next += 1
@@ -89,7 +93,9 @@ class Files:
         return self.adopt(node, fd, flags)
 
     def _open_lower_kindly(self, fd: OwnedFd, name: bytes, flags: int) -> OwnedFd:
-        """Opens for reading without moving the lower file's atime, where this process may say so (owner or CAP_FOWNER)."""
+        """Opens for reading without moving the lower file's atime, where this process may say so (owner or
+        CAP_FOWNER).
+        """
         try:
             return self.tree.open_real(fd, name, flags | os.O_NOATIME)
         except PermissionError:
@@ -122,7 +128,7 @@ class Files:
             fail(errno.EBADF)
         return handle
 
-    # -- data --------------------------------------------------------------------------------------------------
+    # -- data -------------------------------------------------------------------------------------
 
     async def read(self, id: int, offset: int, size: int) -> bytes | memoryview:
         """`size` bytes, fewer only at the end of the file. Raises OSError."""
@@ -156,7 +162,9 @@ class Files:
         return await trio.to_thread.run_sync(partial(_write_all, fd.fd, data, offset), limiter=self._io)
 
     def _clear_setid(self, node: File, fd: OwnedFd) -> None:
-        """A write takes setuid away, and setgid of an executable (write(2), inode(7)); capabilities the backing file system drops."""
+        """A write takes setuid away, and setgid of an executable (write(2), inode(7)); capabilities the
+        backing file system drops.
+        """
         mode = os.fstat(fd.fd).st_mode
         kept = mode & ~stat.S_ISUID
         if mode & stat.S_IXGRP:
@@ -172,12 +180,13 @@ class Files:
         if not node.in_upper or self.upper is None or self.upper.volatile:
             return
         if self.tree.is_metacopy(node):
-            fd = self.tree.open_real(*self.tree.where(node), os.O_RDONLY)  # the handle has the lower's data, the changes are here
+            # The handle has the lower's data; what changed is here.
+            fd = self.tree.open_real(*self.tree.where(node), os.O_RDONLY)
         call = os.fdatasync if data_only else os.fsync
         await trio.to_thread.run_sync(call, fd.fd, limiter=self._syncs)
         del fd
 
-    # -- directories -------------------------------------------------------------------------------------------
+    # -- directories ------------------------------------------------------------------------------
 
     async def open_directory(self, node: Directory) -> DirectoryHandle:
         """Raises OSError."""

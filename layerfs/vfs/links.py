@@ -1,8 +1,9 @@
 """All names of a hard-linked lower file in the merged tree.
 
-A lower inode with several names has some of them hidden by layers above; what a user sees as its link count, and what must be linked in the upper
-when it is copied up, are the names that are *seen*. They are found by walking the merged tree once; the index stays right afterwards because
-a name of such a file is never removed or replaced before the file (all its names) was copied up, and is made anew after a directory moved.
+A lower inode with several names has some of them hidden by layers above; what a user sees as its link count,
+and what must be linked in the upper when it is copied up, are the names that are *seen*. They are found by
+walking the merged tree once; the index stays right afterwards because a name of such a file is never removed
+or replaced before the file (all its names) was copied up, and is made anew after a directory moved.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class LinkIndex:
         return len((await self._index()).get(key, ())) > 1
 
     async def names(self, node: File) -> list[tuple[Directory, bytes]]:
-        """Every (loaded directory, name) of a lower file. The directories are pinned (`users`): give them back with `unpin`.
+        """Every (loaded directory, name) of a lower file. The directories are pinned (`users`): give them
+        back with `unpin`.
 
         Raises OSError when a layer cannot be read."""
         assert node.home is not None
@@ -102,7 +104,9 @@ class LinkIndex:
             return self._names
 
     async def _walk(self) -> dict[_Key, list[tuple[bytes, bytes]]]:
-        """Walks the merged tree, new directories too (others may have been moved into them); keeps inodes seen under several names."""
+        """Walks the merged tree, new directories too (others may have been moved into them); keeps inodes
+        seen under several names.
+        """
         first: dict[_Key, tuple[bytes, bytes]] = {}
         several: dict[_Key, list[tuple[bytes, bytes]]] = {}
         todo: list[tuple[Directory, bytes]] = [(self.tree.root, b"")]

@@ -1,7 +1,8 @@
 """Names come and go: create, mkdir, mknod, symlink, link, unlink, rmdir, rename.
 
-Every operation: load what it looks at, copy up what must be in the upper (both may await), then *commit* in one synchronous stretch that looks at
-the names again first; when they are not what was prepared, it starts anew.
+Every operation: load what it looks at, copy up what must be in the upper (both may await), then *commit* in
+one synchronous stretch that looks at the names again first; when they are not what was prepared, it starts
+anew.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-
 from dataclasses import dataclass
 
 from layerfs.fdutil import (
@@ -53,7 +53,7 @@ class Namespace:
         self._uid = os.geteuid()
         self._gid = os.getegid()
 
-    # -- making ------------------------------------------------------------------------------------------------
+    # -- making -----------------------------------------------------------------------------------
 
     async def make(self, parent: Directory, name: bytes, new: New, caller: Caller) -> Node:
         """mkdir, mknod, symlink. Raises OSError."""
@@ -123,7 +123,9 @@ class Namespace:
         return None
 
     def _own(self, work: int, temporary: bytes, parent: OwnedFd, new: New, caller: Caller) -> None:
-        """Gives an object made in the work directory what the kernel gives one made in place (inode_init_owner, posix_acl_create)."""
+        """Gives an object made in the work directory what the kernel gives one made in place
+        (inode_init_owner, posix_acl_create).
+        """
         above = os.fstat(parent.fd)
         uid, gid, mode = caller.uid, caller.gid, new.mode
         if above.st_mode & stat.S_ISGID:
@@ -169,14 +171,15 @@ class Namespace:
         self.tree.add_name(node, parent, name)
         return node
 
-    # -- small checks ------------------------------------------------------------------------------------------
+    # -- small checks -----------------------------------------------------------------------------
 
     @staticmethod
     def _check_name(name: bytes) -> None:
         if len(name) > NAME_MAX:
             fail(errno.ENAMETOOLONG)
         if name.startswith(whiteout.PREFIX):
-            # In every layer these names mean whiteouts, in image layers by the OCI specification: an object could not be told from one.
+            # In every layer these names mean whiteouts, in image layers by the OCI specification: an object
+            # could not be told from one.
             fail(errno.EINVAL)
 
     @staticmethod
@@ -206,11 +209,13 @@ class Namespace:
             merged.whiteouts.add(name)
 
     def _has_origin(self, node: Node) -> bool:
-        """Whether an upper object shows another number than its own, so that its directory must be marked impure."""
+        """Whether an upper object shows another number than its own, so that its directory must be marked
+        impure.
+        """
         own = numbers.compose(self.upper.layer.number, RealIno(node.real))
         return own is None or node.id != NodeId(own)
 
-    # -- link --------------------------------------------------------------------------------------------------
+    # -- link -------------------------------------------------------------------------------------
 
     async def link(self, node: File, parent: Directory, name: bytes, caller: Caller) -> None:
         """Raises OSError."""
@@ -251,7 +256,7 @@ class Namespace:
         self.tree.changed(node)
         self.tree.changed(parent)
 
-    # -- unlink, rmdir -----------------------------------------------------------------------------------------
+    # -- unlink, rmdir ----------------------------------------------------------------------------
 
     async def unlink(self, parent: Directory, name: bytes, caller: Caller) -> None:
         """Raises OSError."""
@@ -282,7 +287,8 @@ class Namespace:
         return entry
 
     async def _all_names_up(self, node: File, caller: Caller) -> bool:
-        """Before a name of a hard-linked lower file goes, the file moves up with all its names, so that its link count stays right.
+        """Before a name of a hard-linked lower file goes, the file moves up with all its names, so that its
+        link count stays right.
 
         Returns whether anything was awaited."""
         if node.in_upper or self.tree.stat_real(node).st_nlink == 1:
@@ -301,8 +307,8 @@ class Namespace:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-        # Out of descriptors: an open handle keeps it as well; without one it can only be seen by those who hold it by O_PATH, and a new
-        # object that gets its inode number shows a temporary one (`Tree.claim`).
+        # Out of descriptors: an open handle keeps it as well; without one it can only be seen by those who
+        # hold it by O_PATH, and a new object that gets its inode number shows a temporary one (`Tree.claim`).
         handles = node.handles if isinstance(node, File) else None
         return next(iter(handles)).fd if handles else None
 
@@ -343,7 +349,7 @@ class Namespace:
         node.merged = Merged()
         self._gone(parent, name, entry, node, pin)
 
-    # -- rename ------------------------------------------------------------------------------------------------
+    # -- rename -----------------------------------------------------------------------------------
 
     async def rename(
         self,
@@ -380,7 +386,9 @@ class Namespace:
         flags: int,
         caller: Caller,
     ) -> tuple[_Place, _Place | None] | None:
-        """Checks everything and copies up what must be; None when something was awaited, so that it must all be checked again."""
+        """Checks everything and copies up what must be; None when something was awaited, so that it must all
+        be checked again.
+        """
         entry = await self._present(parent, name)
         moves = self.tree.moves
         merged = await self.tree.load(new_parent)
@@ -431,7 +439,9 @@ class Namespace:
         return False
 
     async def _movable(self, place: _Place, caller: Caller) -> bool:
-        """Makes sure the object can be renamed in the upper. Returns whether it could already; False: check everything again."""
+        """Makes sure the object can be renamed in the upper. Returns whether it could already; False: check
+        everything again.
+        """
         node = place.node
         if isinstance(node, File):
             if node.job is not None:
@@ -447,7 +457,8 @@ class Namespace:
         return await self._whole(node, caller)
 
     async def _whole(self, directory: Directory, caller: Caller) -> bool:
-        """Without redirects a directory can only move when all of it is in the upper. Copies what is not, then cuts it off its lowers.
+        """Without redirects a directory can only move when all of it is in the upper. Copies what is not,
+        then cuts it off its lowers.
 
         Returns whether nothing had to be done. A crash in between leaves copies, no change to be seen."""
         directory.users += 1
@@ -488,7 +499,7 @@ class Namespace:
             directory.users -= 1
             self.tree.release(directory)
 
-    # -- commits of rename: no await below ----------------------------------------------------------------------
+    # -- commits of rename: no await below --------------------------------------------------------
 
     def _replace(self, source: _Place, target: _Place | None, new_parent: Directory, new_name: bytes) -> None:
         upper = self.upper
@@ -510,8 +521,8 @@ class Namespace:
         device = upper.ability.whiteouts == "device"
         leaves_whiteout = source.entry.lower
         if device and hidden and source.entry.is_dir:
-            # A directory cannot be renamed over a whiteout device, so they change places; the whiteout is right at the old name if the
-            # lowers show something there, and harmless (and removed) if not.
+            # A directory cannot be renamed over a whiteout device, so they change places; the whiteout is
+            # right at the old name if the lowers show something there, and harmless (and removed) if not.
             renameat2(old_fd.fd, source.name, new_fd.fd, new_name, RENAME_EXCHANGE)
             step("rename.renamed")
             if not leaves_whiteout:
@@ -542,7 +553,8 @@ class Namespace:
         self._mark_moving(one, one_fd, two_lower)
         self._mark_moving(two, two_fd, one_lower)
         if self.upper.ability.whiteouts == "file":
-            # Files beside a `.wh.` of their own name hide their lowers, whatever lies there after the exchange.
+            # Files beside a `.wh.` of their own name hide their lowers, whatever lies there after the
+            # exchange.
             for fd, place in ((one_fd, one), (two_fd, two)):
                 if place.entry.lower:
                     self.upper.hide(fd.fd, place.name)
@@ -556,7 +568,9 @@ class Namespace:
         self._arrive(two, one_parent, one_name, one_lower)
 
     def _mark_moving(self, place: _Place, directory: OwnedFd, lower_at_target: bool) -> None:
-        """Before an object moves: says where its lower content lies, or that it has none, so that it is the same at its new name."""
+        """Before an object moves: says where its lower content lies, or that it has none, so that it is the
+        same at its new name.
+        """
         node = place.node
         if isinstance(node, Directory):
             if node.lowers:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Node:
     """One object of the merged tree that is in use: looked up by the kernel, open, or parent of such a one.
 
-    The upper path of a node is its path in the merged tree, so it is never stored: it is `parent`'s directory and `name`, and a
-    rename of a directory moves all below it at once."""
+    The upper path of a node is its path in the merged tree, so it is never stored: it is `parent`'s directory
+    and `name`, and a rename of a directory moves all below it at once."""
 
     __slots__ = (
         "home",
@@ -48,7 +48,8 @@ class Node:
         self.home_name = b""
         #: inode number on its layer's file system
         self.real = 0
-        #: O_PATH descriptor of an upper object that has no name we know: keeps it reachable, and its inode number from being used again
+        #: O_PATH descriptor of an upper object that has no name we know: keeps it reachable, and its inode
+        #: number from being used again
         self.pin: OwnedFd | None = None
         #: what the kernel holds (FUSE lookup count)
         self.lookups = 0

@@ -1,4 +1,6 @@
-"""The merged tree as it is now: nodes, directories loaded on first touch, numbers, attributes. Changes nothing on disk."""
+"""The merged tree as it is now: nodes, directories loaded on first touch, numbers, attributes. Changes
+nothing on disk.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from layerfs.vfs.node import Directory, File, Node
 if TYPE_CHECKING:
     from layerfs.vfs.links import LinkIndex
 
-#: A directory whose listings together are larger than this (bytes of st_size) is read in a thread. 32 KiB are about 1,000 names.
+#: A directory whose listings together are larger than this (bytes of st_size) is read in a thread. 32 KiB are
+#: about 1,000 names.
 _THREAD_ABOVE = 32 << 10
 NAME_MAX = 255
 
@@ -52,7 +55,8 @@ class Tree:
         self.gate: Gate = gate if gate is not None else NoGate()
         self.nodes: dict[NodeId, Node] = {}
         self.links: LinkIndex | None = None
-        #: real inode number in the upper -> (real ctime after a copy-up, ctime to show as long as it has not moved)
+        #: real inode number in the upper -> (real ctime after a copy-up, ctime to show as long as it has not
+        #: moved)
         self.shown_ctimes: dict[int, tuple[int, int]] = {}
         #: raised when a directory moves (see `links`)
         self.moves = 0
@@ -61,7 +65,7 @@ class Tree:
         self._load_limiter = trio.CapacityLimiter(4)
         self.root = self._make_root()
 
-    # -- nodes -------------------------------------------------------------------------------------------------
+    # -- nodes ------------------------------------------------------------------------------------
 
     def _make_root(self) -> Directory:
         root = Directory(ROOT, None, b"")
@@ -151,7 +155,9 @@ class Tree:
         parent.users -= 1
 
     def child(self, parent: Directory, name: bytes, entry: Entry) -> Node:
-        """The node of an entry, made if there is none. Raises OSError (EIO for a nonsense redirect, whatever lstat gives)."""
+        """The node of an entry, made if there is none. Raises OSError (EIO for a nonsense redirect, whatever
+        lstat gives).
+        """
         if entry.node is not None:
             assert isinstance(entry.node, Node)
             return entry.node
@@ -227,10 +233,12 @@ class Tree:
             return False
         return entry.home is None or (node.home is not None and node.home.layer is entry.home.layer)
 
-    # -- numbers -----------------------------------------------------------------------------------------------
+    # -- numbers ----------------------------------------------------------------------------------
 
     def claim(self, ino: Ino | None) -> NodeId:
-        """The node id for a new node: the number itself, or a temporary one when it is taken or does not fit."""
+        """The node id for a new node: the number itself, or a temporary one when it is taken or does not
+        fit.
+        """
         if ino is not None and (id := NodeId(ino)) not in self.nodes:
             return id
         self._temporary += 1
@@ -256,8 +264,9 @@ class Tree:
         return directory.impure
 
     def _origin_number(self, parent: Directory, name: bytes, found: origin_codec.Origin) -> Ino | None:
-        """The number for an upper object that another overlay copied up: the lower inode number in its origin, and the layer it
-        must be from. Nothing is opened by handle."""
+        """The number for an upper object that another overlay copied up: the lower inode number in its
+        origin, and the layer it must be from. Nothing is opened by handle.
+        """
         real = origin_codec.real_ino(found)
         if real is None:
             return None
@@ -275,7 +284,7 @@ class Tree:
                 return numbers.compose(layer.number, RealIno(real))
         return None
 
-    # -- descriptors -------------------------------------------------------------------------------------------
+    # -- descriptors ------------------------------------------------------------------------------
 
     def upper_fd(self, directory: Directory) -> OwnedFd:
         """An O_PATH descriptor of the directory's upper part, which must exist. Raises OSError."""
@@ -286,7 +295,8 @@ class Tree:
             if directory.id != ROOT:
                 fail(errno.ENOENT)
             return self.stack.upper.fd
-        # Not recursive: trees may be deeper than Python's stack. Climb to the nearest kept descriptor, then come down.
+        # Not recursive: trees may be deeper than Python's stack. Climb to the nearest kept descriptor, then
+        # come down.
         way: list[Directory] = []
         here: Directory | None = directory
         fd: OwnedFd | None = None
@@ -306,7 +316,9 @@ class Tree:
         return fd
 
     def where(self, node: Node) -> tuple[OwnedFd, bytes]:
-        """(directory descriptor, name) of the real object now; an empty name means the descriptor is the object. Raises OSError."""
+        """(directory descriptor, name) of the real object now; an empty name means the descriptor is the
+        object. Raises OSError.
+        """
         if node.pin is not None:
             return node.pin, b""
         if node.in_upper:
@@ -325,14 +337,18 @@ class Tree:
         return node
 
     def real_path(self, node: Node) -> tuple[bytes, bool, OwnedFd]:
-        """A path for calls that take no descriptor; whether to follow its last component (never a user's link); what keeps it valid."""
+        """A path for calls that take no descriptor; whether to follow its last component (never a user's
+        link); what keeps it valid.
+        """
         fd, name = self.where(node)
         if name:
             return at_path(fd.fd, name), False, fd
         return fd_path(fd.fd), True, fd
 
     def upper_object(self, fd: OwnedFd, name: bytes) -> OwnedFd:
-        """An O_PATH descriptor of exactly the object that `where` named: for calls that would follow a symbolic link. Raises OSError."""
+        """An O_PATH descriptor of exactly the object that `where` named: for calls that would follow a
+        symbolic link. Raises OSError.
+        """
         if not name:
             return fd
         return OwnedFd(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd.fd))
@@ -350,7 +366,9 @@ class Tree:
         return OwnedFd(os.open(fd_path(fd.fd), flags | os.O_CLOEXEC))
 
     def data_location(self, node: File) -> tuple[OwnedFd, bytes]:
-        """Where the bytes of a file are now: as `where`, but the lower file for a metadata-only one. Raises OSError(EIO) without data."""
+        """Where the bytes of a file are now: as `where`, but the lower file for a metadata-only one. Raises
+        OSError(EIO) without data.
+        """
         if not self.is_metacopy(node):
             return self.where(node)
         fd, name = self.where(node)
@@ -387,7 +405,7 @@ class Tree:
                 node.metacopy = False
         return node.metacopy
 
-    # -- loading -----------------------------------------------------------------------------------------------
+    # -- loading ----------------------------------------------------------------------------------
 
     async def load(self, directory: Directory) -> Merged:
         """The names of a directory, read on first touch, once however many ask. Raises OSError."""
@@ -401,8 +419,8 @@ class Tree:
             directory.users += 1
             try:
                 merged = await self._read_names(directory)
-                # Nothing can have changed the names meanwhile: every change loads first, and a copy-up of the directory itself only
-                # adds an empty upper part.
+                # Nothing can have changed the names meanwhile: every change loads first, and a copy-up of the
+                # directory itself only adds an empty upper part.
                 directory.merged = merged
                 self.gate.publish_directory(directory.id, directory.generation, merged.names)
                 return merged
@@ -423,13 +441,15 @@ class Tree:
         return await trio.to_thread.run_sync(work, limiter=self._load_limiter)
 
     async def find(self, parent: Directory, name: bytes) -> Entry | None:
-        """The entry `name` in `parent`; None when there is none. Raises OSError (ENOENT for a removed parent)."""
+        """The entry `name` in `parent`; None when there is none. Raises OSError (ENOENT for a removed
+        parent).
+        """
         if len(name) > NAME_MAX:
             fail(errno.ENAMETOOLONG)
         merged = parent.merged if parent.merged is not None else await self.load(parent)
         return merged.names.get(name)
 
-    # -- attributes --------------------------------------------------------------------------------------------
+    # -- attributes -------------------------------------------------------------------------------
 
     async def attributes(self, node: Node) -> Attributes:
         """Raises OSError."""
@@ -479,7 +499,9 @@ class Tree:
         return Attributes(st, node.id, nlink, ctime, blocks)
 
     def keep_ctime(self, node: Node, shown: int) -> None:
-        """Shows `shown` as ctime of an upper object until something really changes it: a copy-up is not a change."""
+        """Shows `shown` as ctime of an upper object until something really changes it: a copy-up is not a
+        change.
+        """
         st = self.stat_real(node)
         self.shown_ctimes[st.st_ino] = (st.st_ctime_ns, shown)
 
@@ -498,7 +520,9 @@ class Tree:
         self.gate.retract_attributes(node.id)
 
     def path(self, directory: Directory) -> bytes:
-        """Path of a directory in the merged tree, from the root, without a leading slash. Raises OSError(ENOENT) when it is removed."""
+        """Path of a directory in the merged tree, from the root, without a leading slash. Raises
+        OSError(ENOENT) when it is removed.
+        """
         parts: list[bytes] = []
         here = directory
         while here.id != ROOT:

@@ -1,5 +1,6 @@
-"""The file system's operations, one method each, for whoever carries the requests. Nothing of FUSE, no decision about layers either: it
-puts the parts together, keeps lookup counts, and says EROFS where there is no upper.
+"""The file system's operations, one method each, for whoever carries the requests. Nothing of FUSE, no
+decision about layers either: it puts the parts together, keeps lookup counts, and says EROFS where there is
+no upper.
 
 All methods raise OSError with the errno for the caller.
 """
@@ -72,7 +73,7 @@ class Vfs:
         if self._writing is not None:
             self._writing.copyup.give_up()
 
-    # -- looking -----------------------------------------------------------------------------------------------
+    # -- looking ----------------------------------------------------------------------------------
 
     async def lookup(self, parent: int, name: bytes) -> Attributes | None:
         """The object, its lookup count raised; None when the name is absent (which may be remembered)."""
@@ -87,7 +88,8 @@ class Vfs:
                 attributes = await self.tree.attributes(node)
             finally:
                 node.users -= 1
-            # Counting links may have awaited: the name must still mean this node, or the kernel would be told something stale.
+            # Counting links may have awaited: the name must still mean this node, or the kernel would be told
+            # something stale.
             if (
                 entry.node is node
                 and directory.merged is not None
@@ -120,7 +122,7 @@ class Vfs:
     def listing(self, handle: int) -> DirectoryHandle:
         return self.files.directory(handle)
 
-    # -- names -------------------------------------------------------------------------------------------------
+    # -- names ------------------------------------------------------------------------------------
 
     async def make(self, parent: int, name: bytes, new: New, caller: Caller) -> Attributes:
         """mkdir, mknod, symlink; the lookup count is raised."""
@@ -163,7 +165,7 @@ class Vfs:
             self.tree.directory(parent), name, self.tree.directory(new_parent), new_name, flags, caller
         )
 
-    # -- attributes --------------------------------------------------------------------------------------------
+    # -- attributes -------------------------------------------------------------------------------
 
     async def setattr(self, id: int, change: Change, caller: Caller) -> Attributes:
         node = self.tree.node(id)
@@ -187,7 +189,7 @@ class Vfs:
     async def removexattr(self, id: int, name: bytes, caller: Caller) -> None:
         await self._write().attributes.remove_xattr(self.tree.node(id), name, caller)
 
-    # -- data --------------------------------------------------------------------------------------------------
+    # -- data -------------------------------------------------------------------------------------
 
     async def open(self, id: int, flags: int, caller: Caller) -> Handle:
         node = self.tree.file(id)
