@@ -51,7 +51,7 @@ def command(
     to_stdout = output in (None, "-")
     if to_stdout and sys.stdout.isatty():
         raise UsageError("a layer is not for the terminal: give -o FILE, or send the output elsewhere")
-    stack = mounts.open_layers(mountpoint, upper, lowers, userxattr)
+    stack = mounts.open_layers(mountpoint, upper, lowers, userxattr, durable=True)
     if to_stdout:
         sys.stdout.flush()
         summary = write_layer(stack, sys.stdout.fileno(), compression)

@@ -45,7 +45,7 @@ def command(
     One line for each name: A added, C changed (content or metadata), D deleted. Control characters and
     backslashes in names are escaped; --json has them as they are.
     """
-    stack = mounts.open_layers(mountpoint, upper, lowers, userxattr)
+    stack = mounts.open_layers(mountpoint, upper, lowers, userxattr, durable=False)
     notes: list[str] = []
     found = [change for change in ChangeFinder(stack, notes) if change.kind in _SHOWN]
     found.sort(key=lambda change: change.path.split(b"/"))

@@ -8,7 +8,6 @@ A mounted layerfs answers getxattr on its root for virtual names, to root and to
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -74,29 +73,42 @@ def describe(mountpoint: str) -> MountInfo:
         ) from None
 
 
-def sync(mountpoint: str, info: MountInfo) -> None:
-    """Brings a mount's upper up to date: what the kernel still holds back for the mount, then the upper's own
-    file system.
+def flush(mountpoint: str) -> None:
+    """Has the kernel hand a mount's daemon what it still holds back: stores through mappings. Raises
+    MountError."""
+    _syncfs(mountpoint)
 
-    syncfs(2) sends a FUSE daemon nothing but the pages; so the upper is synced here, unless the mount is
-    volatile."""
-    for path, wanted in ((mountpoint, True), (info.upper, not info.volatile)):
-        if path is None or not wanted:
-            continue
+
+def sync(mountpoint: str, info: MountInfo) -> None:
+    """Flushes a mount and brings its upper to the disk, unless it is volatile. Raises MountError.
+
+    syncfs(2) on the mount sends its daemon the pages and nothing more, so the upper is synced here."""
+    flush(mountpoint)
+    if info.upper is not None and not info.volatile:
+        _syncfs(info.upper)
+
+
+def _syncfs(path: str) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                syncfs(fd)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise MountError(f"{_shown(path)}: cannot be synced: {error.strerror}", error.errno) from None
+            syncfs(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise MountError(f"{_shown(path)}: cannot be synced: {error.strerror}", error.errno) from None
 
 
 def open_layers(
-    mountpoint: str | None, upper: str | None, lowers: Sequence[str], userxattr: bool | None = None
+    mountpoint: str | None,
+    upper: str | None,
+    lowers: Sequence[str],
+    userxattr: bool | None = None,
+    *,
+    durable: bool,
 ) -> Stack:
-    """The layers of the mount on `mountpoint` (synced), or those that are named, opened.
+    """The layers of the mount on `mountpoint` (flushed; synced if `durable`), or those that are named,
+    opened.
 
     `userxattr`: which xattrs the upper's marks are in, None: found out. Raises UsageError when not exactly
     one of the two ways is taken, MountError, LayerError."""
@@ -108,7 +120,10 @@ def open_layers(
             raise MountError(
                 f"{_shown(mountpoint)}: is mounted read-only, without an upper: nothing can have changed"
             )
-        sync(mountpoint, info)
+        if durable:
+            sync(mountpoint, info)
+        else:
+            flush(mountpoint)
         prefix = info.prefix or _guess_prefix(info.upper)
         stack = Stack(info.lowers, info.upper, XattrNames(prefix))
         _refuse_covered(mountpoint, stack)
@@ -120,15 +135,36 @@ def open_layers(
 
 
 def _guess_prefix(upper: str) -> str:
-    """An ordinary user cannot even see `trusted.`; root takes it, unless only the other one is on the upper's
-    root."""
+    """Under which prefix the marks of an unmounted upper are: that of the first one found.
+
+    Only root of the initial user namespace can set or see `trusted.`; it takes that where there is no mark at
+    all."""
     if os.geteuid() != 0:
         return USER
-    present: list[str] = []
-    with contextlib.suppress(OSError):
-        present = os.listxattr(upper)
-    kinds = {prefix for prefix in (TRUSTED, USER) for name in present if name.startswith(prefix)}
-    return USER if kinds == {USER} else TRUSTED
+    todo = [upper]
+    while todo:
+        directory = todo.pop()
+        try:
+            if (found := _mark(directory)) is not None:
+                return found
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append(entry.path)
+                    elif entry.is_file(follow_symlinks=False) and (found := _mark(entry.path)) is not None:
+                        return found
+        except OSError:
+            continue  # whoever reads the layer will say so
+    return TRUSTED
+
+
+def _mark(path: str) -> str | None:
+    """The prefix of an overlay mark on `path`. A user's own attribute, which is stored escaped, is none."""
+    for name in os.listxattr(path, follow_symlinks=False):
+        for prefix in (TRUSTED, USER):
+            if name.startswith(prefix) and not name.startswith(prefix + "overlay."):
+                return prefix
+    return None
 
 
 def _refuse_covered(mountpoint: str, stack: Stack) -> None:

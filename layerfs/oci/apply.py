@@ -22,7 +22,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from layerfs.errors import LayerError, TarError
@@ -30,6 +30,7 @@ from layerfs.fdutil import (
     RESOLVE_BENEATH,
     RESOLVE_NO_MAGICLINKS,
     RESOLVE_NO_SYMLINKS,
+    RESOLVE_NO_XDEV,
     OwnedFd,
     at_path,
     fd_path,
@@ -42,7 +43,8 @@ from layerfs.oci.tarreader import TarReader
 from layerfs.overlay import acl, whiteout
 from layerfs.overlay.names import FOREIGN, TRUSTED, USER
 
-_BENEATH = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
+#: What is mounted inside the target is no part of it: a whiteout must not empty somebody's bind-mounted home.
+_BENEATH = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV
 _ROOT = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _DIRECTORY = _ROOT | os.O_NOFOLLOW
 _CHUNK = 256 << 10
@@ -118,6 +120,18 @@ def check_names(member: Member) -> tuple[Mark, bytes]:
     return mark, hidden
 
 
+def _open_beneath(directory: int, path: bytes, flags: int) -> OwnedFd:
+    """Opens `path` inside `directory`. Raises LayerError at a mount point, OSError (ELOOP for a symbolic
+    link)."""
+    try:
+        return OwnedFd(openat2(directory, path, flags, resolve=_BENEATH))
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # no name here has a `..`, and no link is followed: it is a mount
+            raise
+        what = f"{display(path)}: something else is mounted there or above; unmount it first"
+        raise LayerError(what, errno.EXDEV) from None
+
+
 def _is_whiteout_device(member: Member) -> bool:
     return member.kind is Kind.CHAR and member.rdev == (0, 0)
 
@@ -170,6 +184,7 @@ class _Plan:
             self._need_partner(member)
         before = self._kinds.get(member.name)
         if member.kind is Kind.DIR:
+            self._walk(member.name, what, make=False)  # finds out about mount points
             if before not in (None, Kind.DIR):
                 self._removed.add(member.name)
         elif before is Kind.DIR:
@@ -212,13 +227,17 @@ class _Plan:
     def _in_target(self, path: bytes) -> Kind | None:
         """What the target has under `path`, all above which are directories."""
         try:
-            fd = OwnedFd(openat2(self._root.fd, path, os.O_PATH | os.O_NOFOLLOW, resolve=_BENEATH))
+            fd = _open_beneath(self._root.fd, path, os.O_PATH | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
         mode = os.fstat(fd.fd).st_mode
         if stat.S_ISLNK(mode):
             return Kind.SYMLINK
         return Kind.DIR if stat.S_ISDIR(mode) else Kind.FILE
+
+
+class _LeftOut(Exception):
+    """A device that cannot be made here."""
 
 
 class _Tally:
@@ -311,8 +330,8 @@ class _Applier:
         if member.kind is Kind.HARDLINK and member.target in self._left_out:
             self._tally.add("a link to a device that was left out", member.name)
             return
-        self._result.members += 1
         if not member.name:
+            self._result.members += 1
             self._directories[b""] = member
             return
         parent = self._open_parent(directory, member.name)
@@ -323,29 +342,28 @@ class _Applier:
         if member.kind is Kind.DIR:
             self._make_directory(parent, name, member)
         else:
-            maker = self._maker(member, reader)
-            if maker is None:
-                self._left_out.add(member.name)
-                return
             try:
-                maker(parent, self._temporary)
+                self._make(parent, self._temporary, member, reader)
                 self._publish(parent, name, member)
-            except BaseException:
+            except BaseException as error:
                 with contextlib.suppress(OSError):
                     os.unlink(self._temporary, dir_fd=parent.fd.fd)
-                raise
+                if not isinstance(error, _LeftOut):
+                    raise
+                self._tally.add("a device, which only real root can make: left out", member.name)
+                self._left_out.add(member.name)
+                return
+        self._result.members += 1
         self._own.setdefault(directory, set()).add(name)
 
-    def _maker(self, member: Member, reader: TarReader) -> Callable[[_Parent, bytes], None] | None:
-        """The function that makes `member` under a temporary name; None when it is left out."""
+    def _make(self, parent: _Parent, name: bytes, member: Member, reader: TarReader) -> None:
+        """Makes `member` under the temporary name `name`. Raises _LeftOut for what this user may not make."""
         if member.kind is Kind.FILE:
-            return lambda parent, name: self._make_file(parent, name, member, reader)
-        if member.kind is Kind.HARDLINK:
-            return lambda parent, name: self._make_link(parent, name, member)
-        if member.kind in (Kind.CHAR, Kind.BLOCK) and not self._privileged:
-            self._tally.add("a device, which only root can make: left out", member.name)
-            return None
-        return lambda parent, name: self._make_special(parent, name, member)
+            self._make_file(parent, name, member, reader)
+        elif member.kind is Kind.HARDLINK:
+            self._make_link(parent, name, member)
+        else:
+            self._make_special(parent, name, member)
 
     def _make_file(self, parent: _Parent, name: bytes, member: Member, reader: TarReader) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -371,9 +389,11 @@ class _Applier:
             kind = {Kind.FIFO: stat.S_IFIFO, Kind.CHAR: stat.S_IFCHR, Kind.BLOCK: stat.S_IFBLK}[member.kind]
             try:
                 os.mknod(name, kind | 0o600, os.makedev(*member.rdev), dir_fd=fd)
-            except PermissionError:
-                what = f"{display(member.name)}: a device, which cannot be made in this user namespace"
-                raise LayerError(what, errno.EPERM) from None
+            except OSError as error:
+                # Root of a user namespace is refused as well. EACCES would be about the directory.
+                if error.errno == errno.EPERM and member.kind is not Kind.FIFO:
+                    raise _LeftOut from None
+                raise
         self._set_attributes(at_path(fd, name), member, follow=False, clean=parent.has_default_acl)
 
     def _make_link(self, parent: _Parent, name: bytes, member: Member) -> None:
@@ -381,7 +401,7 @@ class _Applier:
         wanted = f"hard link {display(member.name)} to {display(member.target)}"
         try:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
-            source = OwnedFd(openat2(self._root.fd, directory or b".", flags, resolve=_BENEATH))
+            source = _open_beneath(self._root.fd, directory or b".", flags)
             st = os.stat(last, dir_fd=source.fd, follow_symlinks=False)
         except OSError as error:
             if error.errno == errno.ENOENT:
@@ -446,7 +466,7 @@ class _Applier:
             os.mkdir(name, 0o755, dir_fd=fd.fd)
             if _has_default_acl(fd.fd):
                 _clean_acls(at_path(fd.fd, name))
-            fd = OwnedFd(openat2(fd.fd, name, _DIRECTORY, resolve=_BENEATH))
+            fd = _open_beneath(fd.fd, name, _DIRECTORY)
             os.fchmod(fd.fd, 0o755)
             here = join(here, name)
             if self._made_up is not None:
@@ -466,17 +486,17 @@ class _Applier:
         """The directory `path`, readable. An ordinary user's own directory that he may not read is opened to
         him until the end."""
         try:
-            return OwnedFd(openat2(self._root.fd, path or b".", _DIRECTORY, resolve=_BENEATH))
+            return _open_beneath(self._root.fd, path or b".", _DIRECTORY)
         except PermissionError:
             if self._privileged:
                 raise
             flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
-            self._touch(path, OwnedFd(openat2(self._root.fd, path or b".", flags, resolve=_BENEATH)))
-            return OwnedFd(openat2(self._root.fd, path or b".", _DIRECTORY, resolve=_BENEATH))
+            self._touch(path, _open_beneath(self._root.fd, path or b".", flags))
+            return _open_beneath(self._root.fd, path or b".", _DIRECTORY)
 
     def _in_the_way(self, path: bytes, what: str, error: OSError) -> Exception:
         """What to raise when the directory `path` cannot be opened."""
-        if error.errno not in (errno.ELOOP, errno.EXDEV, errno.ENOTDIR):
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
             return error
         # For a symbolic link as the last component, O_DIRECTORY makes it ENOTDIR as well.
         if self._is_behind_link(path):
@@ -488,7 +508,7 @@ class _Applier:
         for part in path.split(b"/"):
             here = join(here, part)
             try:
-                fd = OwnedFd(openat2(self._root.fd, here, os.O_PATH | os.O_NOFOLLOW, resolve=_BENEATH))
+                fd = _open_beneath(self._root.fd, here, os.O_PATH | os.O_NOFOLLOW)
             except FileNotFoundError:
                 return False
             if not stat.S_ISDIR(os.fstat(fd.fd).st_mode):
@@ -551,7 +571,7 @@ class _Applier:
     def _subdirectory(parent: OwnedFd, name: bytes) -> OwnedFd | None:
         try:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
-            return OwnedFd(openat2(parent.fd, name, flags, resolve=_BENEATH))
+            return _open_beneath(parent.fd, name, flags)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 return None
@@ -604,7 +624,7 @@ class _Applier:
     def _open_to_remove(self, parent: OwnedFd, name: bytes) -> OwnedFd:
         if not self._privileged:
             os.chmod(at_path(parent.fd, name), 0o700)
-        return OwnedFd(openat2(parent.fd, name, _DIRECTORY, resolve=_BENEATH))
+        return _open_beneath(parent.fd, name, _DIRECTORY)
 
     def _forget(self, path: bytes) -> None:
         """Drops what was known of a tree that goes away, so that the end does not set its times on whatever

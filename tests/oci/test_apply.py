@@ -314,6 +314,55 @@ def test_full_disk_leaves_no_half_file(place: Path) -> None:
         umount(place / "t")
 
 
+@root
+@pytest.mark.parametrize(
+    "layer",
+    [
+        [m.file(b".wh.home")],
+        [m.file(b".wh.d")],
+        [m.file(b".wh..wh..opq")],
+        [m.file(b"home/evil")],
+        [m.directory(b"home/d")],
+        [m.directory(b"home", mode=0o777)],
+        [m.file(b"home")],
+        [m.file(b"home/.wh.kept")],
+        [m.hardlink(b"h", b"home/kept")],
+        [m.file(b"d/inner/x")],
+    ],
+)
+@pytest.mark.parametrize("piped", [False, True])
+def test_what_is_mounted_inside_the_target_is_not_touched(
+    place: Path, layer: list[tuple[Member, bytes]], piped: bool
+) -> None:
+    from tests.support.mounts import bind, umount
+
+    outside = place / "outside"
+    for path in (outside, place / "t/home", place / "t/d/inner"):
+        path.mkdir(parents=True)
+    (outside / "kept").write_text("1")
+    before = snapshot(outside)
+    raw = m.tar_bytes(layer)
+    points = [place / "t/home", place / "t/d/inner"]
+    for point in points:
+        bind(outside, point)
+    try:
+        command = [
+            sys.executable,
+            "-m",
+            "layerfs",
+            "apply",
+            "-" if piped else str(place / "l.tar"),
+            str(place / "t"),
+        ]
+        (place / "l.tar").write_bytes(raw)
+        done = subprocess.run(command, input=raw if piped else b"", capture_output=True)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done
+        assert_equal(before, snapshot(outside), strict=("ino", "ctime_ns"))
+    finally:
+        for point in points:
+            umount(point)
+
+
 def test_from_a_pipe(place: Path) -> None:
     raw = m.tar_bytes([m.file(b"f", b"x" * 100_000)], "gzip")
     (place / "t").mkdir()
@@ -382,7 +431,7 @@ def test_as_an_ordinary_user(place: Path) -> None:
     assert as_user(NOBODY, one, place / "t") == [
         "ro/f: xattr security.capability cannot be set here: dropped",
         "rooted: belongs to somebody else, which only root can arrange: it is yours now",
-        "null: a device, which only root can make: left out",
+        "null: a device, which only real root can make: left out",
         "null2: a link to a device that was left out",
     ]
     tree = snapshot(place / "t")

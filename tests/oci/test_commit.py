@@ -21,7 +21,7 @@ from layerfs.errors import LayerError, UsageError
 from layerfs.oci.apply import apply_layer
 from layerfs.oci.changes import ChangeFinder, ChangeKind
 from layerfs.oci.commit import Summary, output_file, write_layer
-from layerfs.oci.member import Kind
+from layerfs.oci.member import Kind, Member
 from layerfs.overlay.names import TRUSTED, USER, XattrNames
 from layerfs.stack import Stack
 from tests.oci import members as m
@@ -479,6 +479,55 @@ def test_each_kind_of_change(place: Path) -> None:
     for other, _ in members.values():
         if other.name != b"nested":
             assert not [key for key in other.xattrs if "overlay" in key], other
+
+
+def golden_upper(place: Path) -> Dirs:
+    dirs = Dirs(place, 1)
+    assert dirs.upper is not None
+    (dirs.lowers[0] / "etc").mkdir()
+    (dirs.lowers[0] / "etc/gone").write_text("")
+    etc = dirs.upper / "etc"
+    etc.mkdir()
+    os.mknod(etc / "gone", stat.S_IFCHR, 0)
+    (etc / "motd").write_text("hello\n")
+    os.chown(etc / "motd", 1000, 1001)
+    os.chmod(etc / "motd", 0o4640)
+    os.setxattr(etc / "motd", "user.k", b"v")
+    os.link(etc / "motd", etc / "motd2")
+    os.symlink("../proc/self/mounts", etc / "mtab")
+    os.mknod(dirs.upper / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    os.chmod(dirs.upper / "null", 0o666)
+    for path in ("etc/motd", "etc/mtab", "null", "etc", "."):
+        os.utime(dirs.upper / path, ns=(0, 1_600_000_000_500_000_000), follow_symlinks=False)
+    return dirs
+
+
+def test_golden_tree(place: Path) -> None:
+    """One tree, one DiffID, for all time and on every machine.
+
+    The expected members are written down here; that members become the right bytes is pinned by
+    test_tar.py::test_golden_layer, which builds them without the writer. The digest is what sha256sum says of
+    the file, after `tar -tv` had listed it as meant."""
+    dirs = golden_upper(place)
+    assert dirs.upper is not None
+    summary = commit(dirs.lowers, dirs.upper, place / "layer.tar")
+    t = 1_600_000_000_500_000_000
+    motd = {"mode": 0o4640, "uid": 1000, "gid": 1001, "mtime_ns": t}
+    expected = [
+        m.directory(b"", mtime_ns=t),
+        m.directory(b"etc", mtime_ns=t),
+        m.file(b"etc/.wh.gone"),
+        m.file(b"etc/motd", b"hello\n", xattrs={"user.k": b"v"}, **motd),
+        (Member(b"etc/motd2", Kind.HARDLINK, target=b"etc/motd", **motd), b""),
+        (Member(b"etc/mtab", Kind.SYMLINK, 0o777, mtime_ns=t, target=b"../proc/self/mounts"), b""),
+        (Member(b"null", Kind.CHAR, 0o666, mtime_ns=t, rdev=(1, 3)), b""),
+    ]
+    assert m.read_bytes((place / "layer.tar").read_bytes()) == expected
+    assert (place / "layer.tar").read_bytes() == m.tar_bytes(expected)
+    assert summary.written.diff_id == GOLDEN_TREE
+
+
+GOLDEN_TREE = "sha256:f71fa588ca8429bceba1df8615247ba41dd144c95dac63e1ce06dc922bb77f40"
 
 
 def test_a_link_whose_partner_is_below_is_a_file(place: Path) -> None:

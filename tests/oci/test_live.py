@@ -98,7 +98,6 @@ def test_commit_by_an_ordinary_user(place: Path, seed: int) -> None:
             again = dirs.dir / "again.tar"
             run(
                 "commit",
-                "--userxattr",
                 "--upper",
                 dirs.upper or "",
                 "--lower",
@@ -158,7 +157,7 @@ def test_describe(place: Path) -> None:
         with pytest.raises(MountError, match="no such"):
             control.describe(str(place / "absent"))
         with pytest.raises(UsageError):
-            control.open_layers(str(dirs.mnt), str(dirs.upper), [])
+            control.open_layers(str(dirs.mnt), str(dirs.upper), [], durable=False)
         mount.kill()
         with pytest.raises(MountError, match="dead mount"):
             control.describe(str(dirs.mnt))
