@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from layerfs.errors import BusyError, MountError, UsageError
+from layerfs.fdutil import clone_mount
 from layerfs.fdutil.mountinfo import MountEntry, read_mountinfo
 from layerfs.upper.work import LOCK_NAME, VOLATILE_MARK
 from layerfs.vfs.config import StackConfig
@@ -115,6 +116,8 @@ def check_stack(config: StackConfig, mountpoint: str | None = None) -> None:
             except OSError as error:
                 raise _cannot_open(lower, "lower layer", error) from None
             lowers.append((lower, _identity(fd), ancestry.above(fd)))
+    if mountpoint is not None:
+        _check_hole(mountpoint, lowers, ancestry)
     if config.upper is None:
         return
     with _opened(config.upper, "upper directory") as upper:
@@ -176,6 +179,35 @@ def _check_upper_and_work(
                 " are not on the same mounted file system",
                 errno.EXDEV,
             ) from None
+
+
+def _check_hole(
+    mountpoint: str, lowers: list[tuple[str, _Identity, tuple[_Identity, ...]]], ancestry: _Ancestry
+) -> None:
+    """A mount point below a lower layer needs a private copy of that layer's mount, which is root's to make.
+
+    Without it the daemon would meet its own mount in the layer and wait for itself, unkillably (tried). On
+    the layer's root itself it is harmless: layers are opened before mounting.
+    """
+    try:
+        target = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return  # what is wrong with the mount point is said by who mounts
+    try:
+        above = ancestry.above(target)
+    finally:
+        os.close(target)
+    for lower, identity, _ in lowers:
+        if identity not in above:
+            continue
+        clone = clone_mount(os.fsencode(lower))
+        if clone is None:
+            raise MountError(
+                f"mount point {shown(mountpoint)} is inside the lower layer {shown(lower)}:"
+                " only root can mount there",
+                errno.EPERM,
+            )
+        os.close(clone)
 
 
 def _check_apart(

@@ -333,3 +333,94 @@ def test_interrupted_at_any_moment(box: Box, how: signal.Signals) -> None:
             assert box.is_mounted()
             box.umount()
         box.assert_gone()
+
+
+# --- odd places -----------------------------------------------------------------------------------
+
+
+def test_five_hundred_lowers(box: Box) -> None:
+    lowers = [box.mkdir(f"many/{number}") for number in range(500)]
+    for number in (0, 250, 499):
+        (box.dir / f"many/{number}/file{number}").write_text(str(number))
+        (box.dir / f"many/{number}/same").write_text(str(number))
+    words = [word for lower in lowers for word in ("--lower", lower)]
+    done = box.layerfs("mount", *words, "--upper", box("u"), "--work", box("w"), box("m"))
+    assert (done.returncode, done.stderr) == (0, "")
+    names = ("same", "file0", "file250", "file499")
+    assert box.run("cat", *(box(f"m/{name}") for name in names)).stdout == "00250499"
+    box.umount()
+    done = box.layerfs("mount", "-o", "lowerdir=" + ":".join(reversed(lowers)), box("m"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert box.run("cat", box("m/same")).stdout == "499"
+    box.umount()
+
+
+def test_mounted_on_its_own_lower(box: Box) -> None:
+    argv = ["--lower", box("a"), "--upper", box("u"), "--work", box("w"), box("a")]
+    done = box.layerfs("mount", *argv)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert box.run("cat", box("a/in-a")).stdout == "a"
+    assert box.run("sh", "-c", f"echo new > {box('a/in-a')}").returncode == 0
+    assert box.layerfs("umount", box("a")).returncode == 0
+    assert (box.dir / "a/in-a").read_text() == "a" and (box.dir / "u/in-a").read_text() == "new\n"
+
+
+def test_mounted_inside_its_own_lower(box: Box) -> None:
+    box.mkdir("a/inside")
+    argv = ["--lower", box("a"), "--upper", box("u"), "--work", box("w"), box("a/inside")]
+    done = box.layerfs("mount", *argv)
+    if (
+        not box.is_root
+    ):  # who cannot copy the lower's mount would meet the mount in itself, and wait for itself
+        assert done.returncode == 1 and "only root can mount there" in done.stderr and not box.mounted()
+        return
+    assert (done.returncode, done.stderr) == (0, "")
+    assert box.run("cat", box("a/inside/in-a")).stdout == "a"
+    # What the mount point hides is what the lower has there: an empty directory, not the mount in itself.
+    assert box.run("ls", box("a/inside/inside")).stdout == ""
+    assert box.run("touch", box("a/inside/inside/new")).returncode == 0
+    assert box.layerfs("umount", box("a/inside")).returncode == 0
+    assert os.listdir(box("a/inside")) == [] and os.listdir(box("u/inside")) == ["new"]
+
+
+def test_mounted_on_itself_twice(root_box: Box) -> None:
+    """A second mount on the same point lies on top; each umount takes one off. (fusermount3 forbids it to
+    users.)
+    """
+    box = root_box
+    box.mount()
+    done = box.layerfs("mount", "--lower", box("b"), box("m"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert box.run("ls", box("m")).stdout == "in-b\n"
+    assert box.layerfs("umount", box("m")).returncode == 0
+    assert box.run("ls", box("m")).stdout == "in-a\nin-b\n"
+    box.umount()
+
+
+def test_many_at_once(box: Box) -> None:
+    points = [box.mkdir(f"mnt/{number}") for number in range(8)]
+    started = [box.popen(*mounts.layerfs_command(), "mount", "--lower", box("a"), point) for point in points]
+    for process in started:
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+    assert len(box.daemons()) == len(points)
+    ended = [box.popen(*mounts.layerfs_command(), "umount", point) for point in points]
+    for process in ended:
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+    assert not box.daemons() and not box.mounted()
+
+
+def test_a_race_for_one_upper_has_one_winner(box: Box) -> None:
+    points = [box.mkdir(f"mnt/{number}") for number in range(4)]
+    layers = ["--lower", box("a"), "--upper", box("u"), "--work", box("w")]
+    started = [box.popen(*mounts.layerfs_command(), "mount", *layers, point) for point in points]
+    codes = []
+    for process in started:
+        _, err = process.communicate(timeout=60)
+        codes.append(process.returncode)
+        assert process.returncode == 0 or (len(err.splitlines()) == 1 and "in use" in err), err
+    assert sorted(codes) == [0, 1, 1, 1]
+    (winner,) = (point for point, code in zip(points, codes, strict=True) if code == 0)
+    assert box.layerfs("umount", winner).returncode == 0
+    assert not box.mounted()
