@@ -47,9 +47,16 @@ def layerfs() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line. Raises UsageError in place of click's own, LayerfsError, KeyboardInterrupt."""
+    """Run one command line. Raises UsageError in place of click's own, LayerfsError, KeyboardInterrupt,
+    OSError.
+
+    Not through click's `main`, which turns a closed stdout into exit code 1.
+    """
     try:
-        result: Any = layerfs.main(arguments, prog_name="layerfs", standalone_mode=False)
+        with layerfs.make_context("layerfs", list(arguments)) as context:
+            result: Any = layerfs.invoke(context)
+    except click.exceptions.Exit as done:  # --help, --version, ctx.exit()
+        return done.exit_code
     except click.UsageError as error:
         raise UsageError(error.format_message().rstrip(".")) from None
     except click.Abort:

@@ -38,6 +38,7 @@ EXIT_CODES = (
 def note(program: str, message: str) -> None:
     """Say one line on stderr, whatever is in `message`. A closed stderr is no reason to fail."""
     line = f"{program}: " + " ".join(message.splitlines())
+    line = line.encode(errors="backslashreplace").decode()  # names are bytes: some are no text
     try:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError, AttributeError):
