@@ -36,6 +36,21 @@ class XattrNames:
         #: prefix that it does not know.
         self.ino = prefix + "layerfs.ino"
 
+    def shown(self, stored: str) -> str | None:
+        """The name under which a user of the mount sees a stored xattr; None when it is hidden.
+
+        Only the mount's own prefix is special, as in the kernel: under `trusted.` a `user.overlay.X` is a
+        user's xattr like any other (it is no mark in this mount, so it steers nothing)."""
+        if stored.startswith((self.prefix, *FOREIGN)):
+            return shown(stored)
+        return stored
+
+    def stored(self, name: str) -> str | None:
+        """Inverse of `shown`: where a user's xattr is kept; None when users may not have it."""
+        if name.startswith((self.prefix, *FOREIGN)):
+            return stored(name)
+        return name
+
     def __repr__(self) -> str:
         return f"XattrNames({self.prefix!r})"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from layerfs.errors import LayerError
 from layerfs.fdutil import (
@@ -25,6 +26,9 @@ from layerfs.fdutil import (
 from layerfs.ids import LayerNumber
 from layerfs.overlay.names import XattrNames
 
+#: Bytes of a path that are handed to the kernel in one piece.
+_LONG = 3500
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 INSIDE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
 
 
@@ -44,7 +48,8 @@ class Layer:
         self.path = os.path.abspath(path)
         self.index = index
         self.number = number
-        self.root = LowerDir(self, b"")
+        self.root = LowerDir(self, b"", None)
+        self.root.note_device(os.fstat(self.fd.fd).st_dev)
 
     def uuid(self) -> bytes | None:
         """UUID of the layer's file system, as origin xattrs name it."""
@@ -74,14 +79,31 @@ class LowerDir:
     the stack's pool.
     """
 
-    __slots__ = ("layer", "path")
+    __slots__ = ("_place", "layer", "parent", "path")
 
-    def __init__(self, layer: Layer, path: bytes) -> None:
+    def __init__(self, layer: Layer, path: bytes, parent: LowerDir | None) -> None:
         self.layer = layer
         self.path = path
+        #: None for the layer's root
+        self.parent = parent
+        self._place: tuple[int, bytes] | None = None
 
     def child(self, name: bytes) -> LowerDir:
-        return LowerDir(self.layer, self.path + b"/" + name if self.path else name)
+        return LowerDir(self.layer, self.path + b"/" + name if self.path else name, self)
+
+    def note_device(self, device: int) -> None:
+        """Called with the st_dev of the opened directory; its parents were opened before."""
+        if self._place is None:
+            above = self.parent._place if self.parent is not None else None
+            same = self.parent is None or (above is not None and above[0] == device)
+            self._place = (device, (above[1] if above is not None else b"") if same else self.path)
+
+    @property
+    def region(self) -> bytes:
+        """Path of the file system's (or subvolume's) root within the layer; empty for the layer's own. Known
+        once the directory was opened.
+        """
+        return self._place[1] if self._place is not None else b""
 
     def __repr__(self) -> str:
         return f"<LowerDir {self.layer.index}:{self.path!r}>"
@@ -108,10 +130,33 @@ class Stack:
         """
         if not directory.path:
             return directory.layer.fd
-        return self.pool.get(directory, lambda: self._open(directory))
+        pool = self.pool
+        if len(directory.path) > _LONG and directory not in pool:
+            self._open_above(directory)
+        fd = pool.get(directory, lambda: self._open(directory))
+        if directory._place is None:
+            directory.note_device(os.fstat(fd.fd).st_dev)
+        return fd
 
-    @staticmethod
-    def _open(directory: LowerDir) -> int:
-        return openat2(
-            directory.layer.fd.fd, directory.path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, resolve=INSIDE
-        )
+    def _open_above(self, directory: LowerDir) -> None:
+        """Paths may be longer than PATH_MAX: from the nearest directory that is open, or short, step by
+        step.
+        """
+        way: list[LowerDir] = []
+        here = directory.parent
+        while here is not None and len(here.path) > _LONG and here not in self.pool:
+            way.append(here)
+            here = here.parent
+        fd = self.open(here) if here is not None else directory.layer.fd
+        for step in reversed(way):
+            fd = self.pool.get(step, partial(_open_step, fd, step))
+            step.note_device(os.fstat(fd.fd).st_dev)
+
+    def _open(self, directory: LowerDir) -> int:
+        if directory.parent is not None and len(directory.path) > _LONG:
+            return _open_step(self.open(directory.parent), directory)
+        return openat2(directory.layer.fd.fd, directory.path, _DIRECTORY, resolve=INSIDE)
+
+
+def _open_step(parent: OwnedFd, directory: LowerDir) -> int:
+    return openat2(parent.fd, directory.path.rpartition(b"/")[2], _DIRECTORY, resolve=INSIDE)

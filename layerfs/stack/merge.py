@@ -49,8 +49,14 @@ class Entry:
 @dataclass(slots=True)
 class Merged:
     names: dict[bytes, Entry] = field(default_factory=dict)
-    #: names under which the upper holds a whiteout (either form)
-    whiteouts: set[bytes] = field(default_factory=set)
+    #: names under which the upper itself holds a whiteout: the object there (a device) …
+    devices: set[bytes] = field(default_factory=set)
+    #: … or a `.wh.` file beside it
+    marks: set[bytes] = field(default_factory=set)
+
+    def hides(self, name: bytes) -> bool:
+        """Whether the upper holds a whiteout of `name`: then lowers have it."""
+        return name in self.devices or name in self.marks
 
 
 def merge_directory(
@@ -69,20 +75,19 @@ def merge_directory(
         sources.insert(0, (None, upper))
     last = len(sources) - 1
     for position, (home, fd) in enumerate(sources):
-        hidden: list[bytes] = []
+        hidden = merged if home is None else Merged()
         opaque = _merge_layer(merged.names, closed, hidden, home, fd, names, looks_for_x=position < last)
-        if home is None:
-            merged.whiteouts.update(hidden)
         if opaque:
             break
-        closed.update(hidden)
+        closed |= hidden.devices
+        closed |= hidden.marks
     return merged
 
 
 def _merge_layer(
     into: dict[bytes, Entry],
     closed: set[bytes],
-    hidden: list[bytes],
+    hidden: Merged,
     home: LowerDir | None,
     directory: OwnedFd,
     names: XattrNames,
@@ -101,18 +106,18 @@ def _merge_layer(
                     if name == whiteout.OPAQUE_NAME:
                         opaque = True
                     elif (target := whiteout.hidden_name(name)) is not None:
-                        hidden.append(target)
+                        hidden.marks.add(target)
                     continue
                 is_dir = item.is_dir(follow_symlinks=False)
                 if not is_dir:
                     if item.is_file(follow_symlinks=False):
                         if x_form and _is_xattr_whiteout(listing.fd, name, item, names):
-                            hidden.append(name)
+                            hidden.devices.add(name)
                             continue
                     elif not item.is_symlink() and whiteout.is_whiteout_device(
                         item.stat(follow_symlinks=False)
                     ):
-                        hidden.append(name)
+                        hidden.devices.add(name)
                         continue
                 if name in closed:
                     continue

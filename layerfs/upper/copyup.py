@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from layerfs.fdutil import OwnedFd, at_path, copy_data, fd_path
-from layerfs.overlay.names import shown
 from layerfs.upper.steps import step
 from layerfs.upper.upper import Upper
 from layerfs.upper.work import remove_tree
@@ -142,7 +141,7 @@ def _copy_attributes(upper: Upper, source: Source, temporary: bytes, *, metacopy
         os.chown(temporary, st.st_uid, st.st_gid, dir_fd=work, follow_symlinks=False)
     if not stat.S_ISLNK(st.st_mode):
         os.chmod(at_path(work, temporary), stat.S_IMODE(st.st_mode))
-    _copy_xattrs(source, at_path(work, temporary))
+    _copy_xattrs(upper, source, at_path(work, temporary))
     names = upper.names
     if metacopy:
         os.setxattr(at_path(work, temporary), names.metacopy, b"", follow_symlinks=False)
@@ -171,7 +170,7 @@ def _optional(call: Callable[[], None]) -> None:
             raise
 
 
-def _copy_xattrs(source: Source, target: bytes) -> None:
+def _copy_xattrs(upper: Upper, source: Source, target: bytes) -> None:
     """Copies what a user sees, in its stored form; overlay marks stay behind.
 
     As the kernel's ovl_copy_xattr: an ACL that cannot be copied is an error; `security.` and `trusted.` ones
@@ -184,7 +183,7 @@ def _copy_xattrs(source: Source, target: bytes) -> None:
             return
         raise
     for name in present:
-        if shown(name) is None:
+        if upper.names.shown(name) is None:
             continue
         try:
             os.setxattr(target, name, os.getxattr(path, name, follow_symlinks=follow), follow_symlinks=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +18,7 @@ from layerfs.fdutil import (
     RENAME_NOREPLACE,
     RENAME_WHITEOUT,
     OwnedFd,
+    at_path,
     fd_path,
     fs_uuid,
     lgetxattr,
@@ -28,7 +28,7 @@ from layerfs.fdutil import (
 )
 from layerfs.overlay import origin, redirect, whiteout
 from layerfs.overlay.names import XattrNames
-from layerfs.stack import Layer
+from layerfs.stack import Layer, Merged
 from layerfs.upper import journal
 from layerfs.upper.inode_log import InodeLog
 from layerfs.upper.steps import step
@@ -82,7 +82,11 @@ class Upper:
                 xattrs = True
             except OSError:
                 xattrs = False
-            return Ability(xattrs, "device" if self._can_whiteout_device() else "file")
+            form: WhiteoutForm = "device" if self._can_whiteout_device() else "file"
+            if form == "file":
+                self.hide(work, probe)  # a layerfs mount as upper takes neither form
+                os.unlink(whiteout.PREFIX + probe, dir_fd=work)
+            return Ability(xattrs, form)
         finally:
             os.rmdir(probe, dir_fd=work)
 
@@ -164,6 +168,20 @@ class Upper:
         except OSError:
             return self.inode_log.get(parent, name, real) if self.inode_log else None
         return int(value) if value.isdigit() and len(value) < 20 else None
+
+    def hidden_links(self, directory: OwnedFd, name: bytes) -> int:
+        """What to add to the link count of an upper inode: the kernel with index=on keeps a link to it in its
+        work directory and says so in `overlay.nlink` (`U-1`; fs/overlayfs/util.c ovl_get_nlink).
+        """
+        path = at_path(directory.fd, name) if name else fd_path(directory.fd)
+        try:
+            value = os.getxattr(path, self.names.nlink, follow_symlinks=not name)
+        except OSError:
+            return 0
+        digits = value[2:]
+        if value[:2] not in (b"U+", b"U-") or not digits.isdigit() or len(digits) > 6:
+            return 0
+        return int(value[1:])
 
     def origin_of(self, parent: int, name: bytes) -> origin.Origin | None:
         """The origin that a kernel (or we) wrote on an object, for its inode number only."""
@@ -282,17 +300,19 @@ class Upper:
             return
         os.setxattr(directory.fd, self.names.opaque, whiteout.OPAQUE)
         for child in marks:
-            os.unlink(child, dir_fd=directory.fd)
+            remove_tree(directory.fd, child)
         step("remove.cleared")
 
-    def drop_whiteouts(self, directory: OwnedFd, names: Iterable[bytes]) -> None:
-        """Removes the whiteouts of `names` in a directory that has just become opaque: none stand inside an
-        opaque one.
+    def drop_whiteouts(self, directory: OwnedFd, merged: Merged) -> None:
+        """Removes the whiteouts in a directory that has just become opaque: none stand inside an opaque
+        one.
         """
-        for name in names:
-            os.unlink(
-                name if self.ability.whiteouts == "device" else whiteout.PREFIX + name, dir_fd=directory.fd
-            )
+        for name in merged.devices:
+            remove_tree(directory.fd, name)
+        for name in merged.marks:
+            remove_tree(directory.fd, whiteout.PREFIX + name)
+        merged.devices.clear()
+        merged.marks.clear()
 
     def remove(self, parent: int, name: bytes, *, is_dir: bool) -> None:
         """Removes an object that has nothing below it."""
@@ -304,22 +324,24 @@ class Upper:
 
     # -- placing ----------------------------------------------------------------------------------
 
-    def place(self, temporary: bytes, parent: int, name: bytes, *, over_whiteout: bool, is_dir: bool) -> None:
-        """Puts a finished object from the work directory at `name`, over a whiteout if there is one. Atomic.
+    def place(self, temporary: bytes, parent: int, name: bytes, *, over_device: bool, is_dir: bool) -> None:
+        """Puts a finished object from the work directory at `name`, over the whiteout device there if there
+        is one. Atomic.
 
         Raises OSError; the temporary is then removed."""
         work = self.work.fd.fd
         step("create.made")
         try:
-            if over_whiteout and self.ability.whiteouts == "device":
-                if is_dir:  # rename(2) refuses to put a directory over a device, so they change places
-                    renameat2(work, temporary, parent, name, RENAME_EXCHANGE)
-                    step("create.placed")
-                    remove_tree(work, temporary)
-                    step("create.removed")
-                else:
-                    os.rename(temporary, name, src_dir_fd=work, dst_dir_fd=parent)
-                    step("create.placed")
+            if (
+                over_device and is_dir
+            ):  # rename(2) refuses to put a directory over a device, so they change places
+                renameat2(work, temporary, parent, name, RENAME_EXCHANGE)
+                step("create.placed")
+                remove_tree(work, temporary)
+                step("create.removed")
+            elif over_device:
+                os.rename(temporary, name, src_dir_fd=work, dst_dir_fd=parent)
+                step("create.placed")
             else:
                 renameat2(work, temporary, parent, name, RENAME_NOREPLACE)
                 step("create.placed")

@@ -20,8 +20,8 @@ from layerfs.fdutil import OwnedFd
 
 #: Lock file in the work directory, held with flock(2) by a live mount; so is the upper directory itself.
 LOCK_NAME = "layerfs.lock"
-#: The kernel's mark (fs/overlayfs/super.c `ovl_create_volatile_dirs`): seen from the work directory. Who mounts
-#: looks for it first (`vfs.checks`).
+#: The kernel's mark (fs/overlayfs/super.c `ovl_create_volatile_dirs`): seen from the work directory. Who
+#: mounts looks for it first (`vfs.checks`).
 VOLATILE_MARK = "work/incompat/volatile"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from layerfs.fdutil import OwnedFd, fd_path
 from layerfs.overlay import acl
-from layerfs.overlay.names import shown, stored
+from layerfs.overlay.names import XattrNames
 from layerfs.upper.upper import Upper
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp
@@ -52,7 +52,7 @@ class Attributes:
             await self._into_upper(node, caller)
         self.tree.changed(node)
         fd, name = self.tree.where(node)
-        target = self.tree.upper_object(fd, name)
+        target = self.tree.object_path(fd, name)
         path = fd_path(target.fd)
         if change.size is not None:
             self._cut(node, target, change.size)
@@ -104,7 +104,7 @@ class Attributes:
 
     async def set_xattr(self, node: Node, name: bytes, value: bytes, caller: Caller) -> None:
         """Raises OSError: EPERM for marks of overlays."""
-        attribute = _stored(name)
+        attribute = _stored(self.upper.names, name)
         await self._into_upper(node, caller)
         self.tree.changed(node)
         path, follow, _keep = self.tree.real_path(node)
@@ -112,7 +112,7 @@ class Attributes:
 
     async def remove_xattr(self, node: Node, name: bytes, caller: Caller) -> None:
         """Raises OSError."""
-        attribute = _stored(name)
+        attribute = _stored(self.upper.names, name)
         path, follow, _keep = self.tree.real_path(node)
         try:
             os.getxattr(path, attribute, follow_symlinks=follow)
@@ -128,8 +128,8 @@ class Attributes:
         os.removexattr(path, attribute, follow_symlinks=follow)
 
 
-def _stored(name: bytes) -> str:
-    attribute = stored(os.fsdecode(name))
+def _stored(names: XattrNames, name: bytes) -> str:
+    attribute = names.stored(os.fsdecode(name))
     if attribute is None:
         fail(errno.EPERM)
     return attribute
@@ -137,7 +137,7 @@ def _stored(name: bytes) -> str:
 
 def get_xattr(tree: Tree, node: Node, name: bytes) -> bytes:
     """Raises OSError: ENODATA when it is not set or hidden."""
-    attribute = stored(os.fsdecode(name))
+    attribute = tree.stack.names.stored(os.fsdecode(name))
     if attribute is None:
         fail(errno.ENODATA)
     path, follow, _keep = tree.real_path(node)
@@ -155,6 +155,6 @@ def list_xattrs(tree: Tree, node: Node, caller: Caller) -> list[bytes]:
         raise
     return [
         os.fsencode(name)
-        for name in map(shown, present)
+        for name in map(tree.stack.names.shown, present)
         if name is not None and (caller.uid == 0 or not name.startswith("trusted."))
     ]

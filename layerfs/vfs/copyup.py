@@ -126,7 +126,7 @@ class CopyUp:
         """The object now lies in the upper: says so on the node and on its entry."""
         node.in_upper = True
         node.home = None if isinstance(node, Directory) else node.home
-        node.real = self.tree.stat_real(node).st_ino
+        node.real, node.region = self.tree.stat_real(node).st_ino, b""
         if parent is not None:
             self._entry_moved_up(parent, name, node.real)
         self.tree.gate.retract_attributes(node.id)

@@ -13,7 +13,8 @@ import trio
 from layerfs.vfs.node import Directory, File
 from layerfs.vfs.tree import Tree
 
-_Key = tuple[int, int]
+#: layer (index from the top), region, real inode number
+_Key = tuple[int, bytes, int]
 
 
 class LinkIndex:
@@ -31,12 +32,12 @@ class LinkIndex:
         if node.home.layer.index == self._trusted_layer:
             return nlink
         index = await self._index()
-        return len(index.get((node.home.layer.index, node.real), ())) or 1
+        return len(index.get((node.home.layer.index, node.region, node.real), ())) or 1
 
     async def has_several(self, node: File) -> bool:
         """Whether a lower file is seen under more than one name. Raises OSError."""
         assert node.home is not None
-        key = (node.home.layer.index, node.real)
+        key = (node.home.layer.index, node.region, node.real)
         return len((await self._index()).get(key, ())) > 1
 
     async def names(self, node: File) -> list[tuple[Directory, bytes]]:
@@ -45,7 +46,7 @@ class LinkIndex:
 
         Raises OSError when a layer cannot be read."""
         assert node.home is not None
-        key = (node.home.layer.index, node.real)
+        key = (node.home.layer.index, node.region, node.real)
         while True:
             index = await self._index()
             moves = self.tree.moves
@@ -127,7 +128,7 @@ class LinkIndex:
                             child.users += 1
                             todo.append((child, path + b"/" + name if path else name))
                         elif entry.home is not None:
-                            key = (entry.home.layer.index, entry.real)
+                            key = (entry.home.layer.index, entry.home.region, entry.real)
                             if key not in first:
                                 first[key] = (path, name)
                             else:

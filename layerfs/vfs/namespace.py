@@ -78,7 +78,7 @@ class Namespace:
         if name in merged.names:
             fail(errno.EEXIST)
         parent_fd = self.copyup.directory(parent)
-        hidden = name in merged.whiteouts
+        hidden = merged.hides(name)
         is_dir = stat.S_ISDIR(new.mode)
         direct = not hidden and caller.uid == self._uid and caller.gid == self._gid
         if direct:
@@ -95,7 +95,7 @@ class Namespace:
             except OSError:
                 self.upper.discard(temporary)
                 raise
-            self.upper.place(temporary, parent_fd.fd, name, over_whiteout=hidden, is_dir=is_dir)
+            self.upper.place(temporary, parent_fd.fd, name, over_device=name in merged.devices, is_dir=is_dir)
         real = os.fstat(fd.fd).st_ino if fd is not None else self._real(parent_fd, name)
         node = self._add(parent, name, real, is_dir)
         self.tree.changed(parent)
@@ -154,13 +154,13 @@ class Namespace:
         """Notes a new upper object under its name, with its node."""
         merged = self._merged(parent)
         entry = Entry(None, real, is_dir)
-        entry.lower = name in merged.whiteouts
+        entry.lower = merged.hides(name)
         self._set_entry(parent, name, entry)
-        number = numbers.compose(self.upper.layer.number, RealIno(real))
+        number = numbers.compose(self.upper.layer.number, RealIno(real), self.tree.upper_region(parent))
         kind = Directory if is_dir else File
         node = kind(self.tree.claim(number), None, name)
         node.in_upper = True
-        node.real = real
+        node.real, node.region = real, self.tree.upper_region(parent)
         if isinstance(node, Directory):
             node.merged = Merged()
             node.impure = False
@@ -197,8 +197,7 @@ class Namespace:
         parent.generation += 1
         self.tree.gate.retract_name(parent.id, name)
         merged.names[name] = entry
-        if self.upper.ability.whiteouts == "device":
-            merged.whiteouts.discard(name)
+        merged.devices.discard(name)
 
     def _drop_entry(self, parent: Directory, name: bytes, *, hidden: bool) -> None:
         merged = self._merged(parent)
@@ -206,14 +205,13 @@ class Namespace:
         self.tree.gate.retract_name(parent.id, name)
         del merged.names[name]
         if hidden:
-            merged.whiteouts.add(name)
+            (merged.devices if self.upper.ability.whiteouts == "device" else merged.marks).add(name)
 
     def _has_origin(self, node: Node) -> bool:
         """Whether an upper object shows another number than its own, so that its directory must be marked
         impure.
         """
-        own = numbers.compose(self.upper.layer.number, RealIno(node.real))
-        return own is None or node.id != NodeId(own)
+        return node.id != NodeId(numbers.compose(self.upper.layer.number, RealIno(node.real), node.region))
 
     # -- link -------------------------------------------------------------------------------------
 
@@ -230,7 +228,7 @@ class Namespace:
             await self.copyup.data(node, caller)
         parent_fd = self.copyup.directory(parent)
         fd, source = self.tree.where(node)
-        hidden = name in merged.whiteouts and self.upper.ability.whiteouts == "device"
+        over_device = name in merged.devices
         if self._has_origin(node):
             self.upper.set_impure(parent_fd)
             parent.impure = True
@@ -241,15 +239,15 @@ class Namespace:
             else:
                 os.link(fd_path(fd.fd), target, dst_dir_fd=directory, follow_symlinks=True)
 
-        if hidden:
+        if over_device:
             temporary = self.upper.work.temporary()
             link_to(self.upper.work.fd.fd, temporary)
-            self.upper.place(temporary, parent_fd.fd, name, over_whiteout=True, is_dir=False)
+            self.upper.place(temporary, parent_fd.fd, name, over_device=True, is_dir=False)
         else:
             link_to(parent_fd.fd, name)
             step("create.placed")
         entry = Entry(None, node.real, False)
-        entry.lower = name in merged.whiteouts
+        entry.lower = merged.hides(name)
         entry.node = node
         self._set_entry(parent, name, entry)
         self.tree.add_name(node, parent, name)
@@ -487,8 +485,7 @@ class Namespace:
             self.upper.set_impure(parent_fd)
             directory.parent.impure = True
             os.setxattr(fd_path(fd.fd), self.upper.names.opaque, whiteout.OPAQUE)
-            self.upper.drop_whiteouts(fd, merged.whiteouts)
-            merged.whiteouts.clear()
+            self.upper.drop_whiteouts(fd, merged)
             directory.lowers = ()
             directory.lower_path = None
             for entry in merged.names.values():
@@ -508,8 +505,8 @@ class Namespace:
         if isinstance(source.node, Directory):
             self.copyup.directory(source.node)
         target_merged = self._merged(new_parent)
-        hidden = new_name in target_merged.whiteouts
-        lower_at_target = hidden or (target is not None and target.entry.lower)
+        over_device = new_name in target_merged.devices
+        lower_at_target = target_merged.hides(new_name) or (target is not None and target.entry.lower)
         self._mark_moving(source, old_fd, lower_at_target)
         pin: OwnedFd | None = None
         target_in_upper = target is not None and target.entry.home is None
@@ -520,13 +517,15 @@ class Namespace:
                 step("rename.cleared")
         device = upper.ability.whiteouts == "device"
         leaves_whiteout = source.entry.lower
-        if device and hidden and source.entry.is_dir:
+        if over_device and source.entry.is_dir:
             # A directory cannot be renamed over a whiteout device, so they change places; the whiteout is
             # right at the old name if the lowers show something there, and harmless (and removed) if not.
             renameat2(old_fd.fd, source.name, new_fd.fd, new_name, RENAME_EXCHANGE)
             step("rename.renamed")
             if not leaves_whiteout:
                 os.unlink(source.name, dir_fd=old_fd.fd)
+            elif not device:
+                upper.hide(old_fd.fd, source.name)  # the whiteout device that is there now hides it as well
         elif device:
             renameat2(old_fd.fd, source.name, new_fd.fd, new_name, RENAME_WHITEOUT if leaves_whiteout else 0)
             step("rename.renamed")
@@ -558,7 +557,7 @@ class Namespace:
             for fd, place in ((one_fd, one), (two_fd, two)):
                 if place.entry.lower:
                     self.upper.hide(fd.fd, place.name)
-                    self._merged(place.parent).whiteouts.add(place.name)
+                    self._merged(place.parent).marks.add(place.name)
         renameat2(one_fd.fd, one.name, two_fd.fd, two.name, RENAME_EXCHANGE)
         step("rename.renamed")
         one_parent, one_name = one.parent, one.name

@@ -32,6 +32,7 @@ class Node:
         "parent",
         "pin",
         "real",
+        "region",
         "users",
     )
 
@@ -48,6 +49,8 @@ class Node:
         self.home_name = b""
         #: inode number on its layer's file system
         self.real = 0
+        #: which file system of its layer that is (`inodes.numbers`); empty: the layer's own
+        self.region = b""
         #: O_PATH descriptor of an upper object that has no name we know: keeps it reachable, and its inode
         #: number from being used again
         self.pin: OwnedFd | None = None
@@ -65,7 +68,7 @@ class Node:
 
 
 class Directory(Node):
-    __slots__ = ("generation", "impure", "loading", "lower_path", "lowers", "merged")
+    __slots__ = ("generation", "impure", "loading", "lower_path", "lowers", "merged", "upper_region")
 
     def __init__(self, id: NodeId, parent: Directory | None, name: bytes) -> None:
         super().__init__(id, parent, name)
@@ -78,6 +81,8 @@ class Directory(Node):
         self.loading: trio.Event | None = None
         #: whether the upper directory is marked to hold objects with recorded numbers; None: not looked yet
         self.impure: bool | None = None
+        #: region of the upper that its upper part lies in; None: not looked yet
+        self.upper_region: bytes | None = None
         #: raised by every change of its names (see `gate`)
         self.generation = 0
 

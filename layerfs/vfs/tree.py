@@ -173,13 +173,13 @@ class Tree:
     def _make_directory(self, parent: Directory, name: bytes, entry: Entry) -> Directory:
         upper_parent = self.upper_fd(parent) if entry.home is None else None
         lowers = lower_directories(self.stack, parent.lowers, name, entry.lowers, upper_parent)
-        ino: Ino | None = None
         if lowers:
             top = lowers[0]
-            real = entry.real
+            real, region = entry.real, self._region(parent, entry)
             if entry.home is None or top.layer is not entry.home.layer:
                 real = os.fstat(self.stack.open(top).fd).st_ino
-            ino = numbers.compose(top.layer.number, RealIno(real))
+                region = top.region
+            ino = numbers.compose(top.layer.number, RealIno(real), region)
         else:
             ino = self._upper_number(parent, name, entry)
         node = Directory(self.claim(ino), parent=None, name=name)
@@ -206,56 +206,75 @@ class Tree:
 
     def _redirect(self, parent: int, name: bytes) -> bytes | None:
         try:
-            return os.getxattr(at_path(parent, name), self.stack.names.redirect, follow_symlinks=False)
+            value = os.getxattr(at_path(parent, name), self.stack.names.redirect, follow_symlinks=False)
         except OSError:
             return None
+        return redirect.decode(value)
 
     def _make_file(self, parent: Directory, name: bytes, entry: Entry) -> File:
+        region = self._region(parent, entry)
         if entry.home is None:
             ino = self._upper_number(parent, name, entry)
         else:
-            ino = numbers.compose(entry.home.layer.number, RealIno(entry.real))
-        if ino is not None:
-            known = self.nodes.get(NodeId(ino))
-            if isinstance(known, File) and self._same(known, entry):
-                return known
+            ino = numbers.compose(entry.home.layer.number, RealIno(entry.real), region)
+        known = self.nodes.get(NodeId(ino))
+        if isinstance(known, File) and self._same(known, entry, region):
+            return known
         node = File(self.claim(ino), parent=None, name=name)
         node.in_upper = entry.home is None
         node.home, node.home_name, node.real = entry.home, name, entry.real
+        node.region = region
         node.lookup_dirs = parent.lowers
         self.nodes[node.id] = node
         return node
 
     @staticmethod
-    def _same(node: File, entry: Entry) -> bool:
-        """Whether a live node is the object of another entry: a hard link within one layer."""
-        if node.real != entry.real or node.in_upper != (entry.home is None):
+    def _same(node: File, entry: Entry, region: bytes) -> bool:
+        """Whether a live node is the object of another entry: a hard link in one file system of one layer."""
+        if node.real != entry.real or node.region != region or node.in_upper != (entry.home is None):
             return False
         return entry.home is None or (node.home is not None and node.home.layer is entry.home.layer)
 
+    def _region(self, parent: Directory, entry: Entry) -> bytes:
+        """The region (`inodes.numbers`) in which the entry's real inode number counts."""
+        if entry.home is not None:
+            self.stack.open(entry.home)
+            return entry.home.region
+        return self.upper_region(parent)
+
+    def upper_region(self, directory: Directory) -> bytes:
+        """As a lower's: the path where another file system begins. An upper should hold none, but may."""
+        if directory.upper_region is None:
+            assert self.stack.upper is not None
+            device = os.fstat(self.upper_fd(directory).fd).st_dev
+            own = device == os.fstat(self.stack.upper.fd.fd).st_dev
+            directory.upper_region = b"" if own else b"device %d" % device
+        return directory.upper_region
+
     # -- numbers ----------------------------------------------------------------------------------
 
-    def claim(self, ino: Ino | None) -> NodeId:
-        """The node id for a new node: the number itself, or a temporary one when it is taken or does not
-        fit.
-        """
-        if ino is not None and (id := NodeId(ino)) not in self.nodes:
+    def claim(self, ino: Ino) -> NodeId:
+        """The node id for a new node: its number, or a temporary one when a live node has that."""
+        if (id := NodeId(ino)) not in self.nodes:
             return id
-        self._temporary += 1
-        return NodeId(numbers.TEMPORARY | self._temporary)
+        while True:
+            self._temporary += 1
+            if (id := NodeId(numbers.TEMPORARY | self._temporary)) not in self.nodes:
+                return id
 
-    def _upper_number(self, parent: Directory, name: bytes, entry: Entry) -> Ino | None:
+    def _upper_number(self, parent: Directory, name: bytes, entry: Entry) -> Ino:
         if self.upper is not None and (self.is_impure(parent) or self.upper.inode_log):
             directory = self.upper_fd(parent)
             recorded = self.upper.recorded_ino(directory.fd, name, entry.real)
-            if recorded is not None:
+            if recorded is not None and numbers.storable(recorded):
                 return Ino(recorded)
             found = self.upper.origin_of(directory.fd, name)
             if found is not None:
                 number = self._origin_number(parent, name, found)
                 if number is not None:
                     return number
-        return numbers.compose(self.stack.upper.number, RealIno(entry.real)) if self.stack.upper else None
+        assert self.stack.upper is not None
+        return numbers.compose(self.stack.upper.number, RealIno(entry.real), self.upper_region(parent))
 
     def is_impure(self, directory: Directory) -> bool:
         if directory.impure is None:
@@ -345,7 +364,7 @@ class Tree:
             return at_path(fd.fd, name), False, fd
         return fd_path(fd.fd), True, fd
 
-    def upper_object(self, fd: OwnedFd, name: bytes) -> OwnedFd:
+    def object_path(self, fd: OwnedFd, name: bytes) -> OwnedFd:
         """An O_PATH descriptor of exactly the object that `where` named: for calls that would follow a
         symbolic link. Raises OSError.
         """
@@ -360,10 +379,13 @@ class Tree:
         return os.fstat(fd.fd)
 
     def open_real(self, fd: OwnedFd, name: bytes, flags: int) -> OwnedFd:
-        """Opens what `where` or `data_location` named. Raises OSError."""
-        if name:
-            return OwnedFd(os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd.fd))
-        return OwnedFd(os.open(fd_path(fd.fd), flags | os.O_CLOEXEC))
+        """Opens the regular file that `where` or `data_location` named. Raises OSError: EIO when it is not
+        one by now (changed from outside): opening a fifo would block, opening a device does things.
+        """
+        target = self.object_path(fd, name)
+        if not stat.S_ISREG(os.fstat(target.fd).st_mode):
+            fail(errno.EIO)
+        return OwnedFd(os.open(fd_path(target.fd), flags | os.O_CLOEXEC))
 
     def data_location(self, node: File) -> tuple[OwnedFd, bytes]:
         """Where the bytes of a file are now: as `where`, but the lower file for a metadata-only one. Raises
@@ -398,7 +420,8 @@ class Tree:
             path, follow, _keep = self.real_path(node)
             try:
                 os.getxattr(path, self.stack.names.metacopy, follow_symlinks=follow)
-                node.metacopy = True
+                # On anything else it means nothing (fs/overlayfs/namei.c ovl_check_metacopy_xattr).
+                node.metacopy = stat.S_ISREG(self.stat_real(node).st_mode)
             except OSError as error:
                 if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
                     raise
@@ -479,6 +502,8 @@ class Tree:
 
     def _upper_attributes(self, node: Node, st: os.stat_result, nlink: int) -> Attributes:
         ctime = st.st_ctime_ns
+        if nlink > 1 and self.upper is not None and isinstance(node, File):
+            nlink += self.upper.hidden_links(*self.where(node))
         kept = self.shown_ctimes.get(st.st_ino)
         if kept is not None and kept[0] == ctime:
             ctime = kept[1]
