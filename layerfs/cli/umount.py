@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import select
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import click
@@ -69,10 +70,11 @@ def umount(mountpoint: str, *, lazy: bool) -> None:
     dead = not lazy and mounts.is_dead(mountpoint)
     served = _Served() if dead else _who_serves(None if lazy else mountpoint, entry.device)
     try:
+        before = mounts.mounts_of(entry.device).keys() - {entry.mount_id}
         # Nobody can do anything in a dead mount any more: what still works in it must not keep it here.
         mounts.detach(entry.target, lazy=lazy or dead)
         if not dead:
-            _wait_until_gone(served, entry.device, lazy=lazy)
+            _wait_until_gone(served, entry.device, before, lazy=lazy)
             _check_written(served)
     finally:
         for fd in (served.pidfd, served.upper_fd):
@@ -113,22 +115,21 @@ def _who_serves(mountpoint: str | None, device: int) -> _Served:
     return served
 
 
-def _wait_until_gone(served: _Served, device: int, *, lazy: bool) -> None:
+def _wait_until_gone(served: _Served, device: int, before: Collection[int], *, lazy: bool) -> None:
+    """Wait for the daemon's end, unless what was unmounted was not the last of its mounts (`before`: their
+    ids).
+    """
     if served.pidfd < 0:
         return
     poll = select.poll()
     poll.register(served.pidfd, select.POLLIN)
     while not poll.poll(_LOOK_AGAIN_MS):
-        elsewhere = mounts.other_targets(device)
-        if elsewhere:
-            talk.note("layerfs umount", f"still mounted on {shown(elsewhere[0])}: the daemon goes on")
-            return
-        holder = mounts.held_elsewhere(device)
-        if holder is not None:
-            talk.note(
-                "layerfs umount",
-                f"still mounted in the mount namespace of process {holder}: the daemon goes on",
+        left = {mount_id: where for mount_id, where in mounts.mounts_of(device).items() if mount_id in before}
+        for pid, target in left.values():
+            where = (
+                shown(target) if pid == os.getpid() else f"{shown(target)} of process {pid}'s mount namespace"
             )
+            talk.note("layerfs umount", f"still mounted on {where}: the daemon goes on")
             return
         if lazy:
             return

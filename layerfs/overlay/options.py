@@ -213,6 +213,8 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
             userxattr = True
         elif name in ("ro", "rw") and value is None:
             read_only = name == "ro"
+        elif name == "remount":
+            raise UsageError("a mounted layerfs takes its options from the kernel: mount -i -o remount,...")
         elif name == "verity":
             if value != "off":
                 raise UsageError(

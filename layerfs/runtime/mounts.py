@@ -174,17 +174,16 @@ def verify(mountpoint: str, device_before: int) -> None:
         raise MountError(f"{shown(mountpoint)}: the mount is not visible here (another mount lies on it?)")
 
 
-def other_targets(device: int) -> list[bytes]:
-    """Where in this mount namespace the file system `device` is still mounted."""
-    return [entry.target for entry in read_mountinfo() if entry.device == device]
+def mounts_of(device: int) -> dict[int, tuple[int, bytes]]:
+    """Where `device` is mounted, in every mount namespace that we may look into: mount id -> (a process
+    there, target).
 
-
-def held_elsewhere(device: int) -> int | None:
-    """A process in whose mount namespace `device` is still mounted, as far as we may look; None when
-    nobody's.
+    Mount ids are unique over all namespaces, but like device numbers they are given again once free: compare
+    with what was there before.
     """
+    found: dict[int, tuple[int, bytes]] = {}
     seen: set[str] = set()
-    for name in os.listdir("/proc"):
+    for name in sorted(os.listdir("/proc"), key=lambda name: name != str(os.getpid())):
         if not name.isdigit():
             continue
         try:
@@ -192,11 +191,12 @@ def held_elsewhere(device: int) -> int | None:
             if namespace in seen:
                 continue
             seen.add(namespace)
-            if any(entry.device == device for entry in read_mountinfo(name)):
-                return int(name)
+            for entry in read_mountinfo(name):
+                if entry.device == device:
+                    found[entry.mount_id] = (int(name), entry.target)
         except OSError:
             continue
-    return None
+    return found
 
 
 def serves(pid: int, device: int) -> bool:

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import stat
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from tests.support import mounts
 
-from .conftest import Box, eventually
+from .conftest import Box, eventually, helper_command
 
 Way = str
 WAYS = ["layerfs umount", "SIGTERM", "SIGINT", "umount", "fusermount3"]
@@ -322,9 +323,9 @@ def test_interrupted_at_any_moment(box: Box, how: signal.Signals) -> None:
         box("w"),
         box("m"),
     ]
-    for step in range(12):
+    for step in range(9):
         process = box.popen(*argv)
-        time.sleep(step * 0.02)
+        time.sleep(step * 0.03)
         process.send_signal(how)
         _, err = process.communicate(timeout=20)
         # Python's own, when it is interrupted before our first line runs.
@@ -424,3 +425,60 @@ def test_a_race_for_one_upper_has_one_winner(box: Box) -> None:
     (winner,) = (point for point, code in zip(points, codes, strict=True) if code == 0)
     assert box.layerfs("umount", winner).returncode == 0
     assert not box.mounted()
+
+
+def test_a_second_place_keeps_the_daemon(root_box: Box) -> None:
+    box = root_box
+    box.mount()
+    mounts.bind(box("m"), box.mkdir("bind"))
+    done = box.layerfs("umount", box("m"))
+    assert done.returncode == 0 and done.stderr == (
+        f"layerfs umount: still mounted on {box('bind')}: the daemon goes on\n"
+    )
+    assert box.run("cat", box("bind/in-a")).stdout == "a"
+    done = box.layerfs("umount", box("bind"))
+    assert (done.returncode, done.stderr) == (0, "")
+    box.assert_gone()
+
+
+def test_another_namespace_keeps_the_daemon(root_box: Box) -> None:
+    box = root_box
+    box.mount()
+    daemon = box.daemon()
+    script = f"mount --make-rprivate / && echo in && read line && cat {box('m/in-a')}"
+    other = box.popen("unshare", "-m", "sh", "-c", script, stdin=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline() == "in\n"
+    done = box.layerfs("umount", box("m"))
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 1
+    assert "still mounted on" in done.stderr and "mount namespace" in done.stderr
+    out, _ = other.communicate("go\n", timeout=20)
+    assert out == "a"
+    assert eventually(lambda: daemon not in box.daemons())
+    box.assert_gone()
+
+
+def test_in_a_user_namespace(user_box: Box) -> None:
+    """As rootless podman does it: root in a user namespace, without fusermount3, without trusted.*
+    attributes.
+    """
+    box = user_box
+    if box.run("unshare", "-Urm", "true").returncode != 0:
+        pytest.skip("no user namespaces for ordinary users")
+    layers = f"lowerdir={box('a')}:{box('b')},upperdir={box('u')},workdir={box('w')}"
+    script = f"""
+        set -e
+        {" ".join(helper_command()[:1])} -o {layers} {box("m")}
+        cat {box("m/in-a")}; rm {box("m/in-b")}; echo new > {box("m/new")}
+        {mounts.layerfs_command()[0]} umount {box("m")}
+        {" ".join(helper_command()[:1])} -o {layers} {box("m")}
+        ls {box("m")}
+        {mounts.layerfs_command()[0]} umount {box("m")}
+    """
+    if len(mounts.layerfs_command()) > 1 or len(helper_command()) > 1:
+        pytest.skip("the commands are not installed")
+    done = box.run(
+        "unshare", "-Urm", "sh", "-c", script, env=os.environ | box.env | {"PATH": "/usr/bin:/bin"}
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ain-a\nnew\n", "")
+    assert (box.dir / "u/new").read_text() == "new\n"
+    box.assert_gone()

@@ -122,6 +122,7 @@ def test_what_podman_says() -> None:
         "data=passthrough",
         "data=cached",
         "datadir+=/a",
+        "remount",
     ],
 )
 def test_known_but_wrong_or_impossible(text: str) -> None:
