@@ -24,6 +24,9 @@ log = logging.getLogger("layerfs.fuse")
 
 #: Seconds the kernel may keep what it was told.
 FOR_EVER = 1e8
+#: Node ids of names that can be listed but not looked up: no node has them, and a FORGET of them is passed
+#: over.
+_NOBODY = 3 << 62
 
 _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
 
@@ -166,10 +169,12 @@ class Operations(pyfuse3.Operations):
         try:
             found = await self.vfs.lookup(directory, name)
         except OSError:
-            # A name that cannot be looked up (a nonsense redirect, say) is listed without attributes: node id
-            # 0 means just that.
+            # A name that cannot be looked up (a nonsense redirect, say) is listed all the same, as by the
+            # kernel; it expires at once, so that whoever uses it gets the error of the lookup.
             entry = EntryAttributes()
-            entry.st_ino = 0
+            entry.st_ino = _NOBODY | next_id
+            entry.st_mode = stat.S_IFREG
+            entry.entry_timeout = entry.attr_timeout = 0
             return pyfuse3.readdir_reply(token, name, entry, next_id)
         if found is None:
             return True  # gone since the listing was begun

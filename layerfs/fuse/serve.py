@@ -63,6 +63,7 @@ async def _main(
         operations.vfs = Vfs(
             stack, upper, nursery, redirect_dir=config.redirect_dir, metacopy=config.metacopy
         )
+        await operations.vfs.start()
         await nursery.start(_end_on_signal, operations)
         ready()
         # No limit on requests under way: a hundred that wait for copy-ups must not keep others out.

@@ -60,7 +60,9 @@ def recover(work: WorkDir, upper: OwnedFd) -> None:
 
 
 def _finish(work: WorkDir, upper: OwnedFd, journal: str) -> None:
-    with open(os.open(journal, os.O_RDONLY | os.O_CLOEXEC, dir_fd=work.state.fd), "rb") as file:
+    with open(
+        os.open(journal, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=work.state.fd), "rb"
+    ) as file:
         try:
             record = json.load(file)
             temporary = record["temporary"].encode("latin-1")
@@ -72,6 +74,8 @@ def _finish(work: WorkDir, upper: OwnedFd, journal: str) -> None:
     if not temporary.startswith(b"#") or b"/" in temporary:
         return
     for directory, name in names:
+        if b"/" in name or name in (b"", b".", b".."):
+            continue
         try:
             parent = OwnedFd(
                 openat2(

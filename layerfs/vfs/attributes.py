@@ -56,7 +56,8 @@ class Attributes:
         path = fd_path(target.fd)
         if change.size is not None:
             self._cut(node, target, change.size)
-        if change.uid is not None or change.gid is not None:
+        if change.uid is not None or change.gid is not None or change == Change():
+            # Nothing to set is chown(-1, -1), which sets ctime.
             uid = change.uid if change.uid is not None else -1
             gid = change.gid if change.gid is not None else -1
             if name:

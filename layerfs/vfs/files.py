@@ -20,7 +20,8 @@ from layerfs.vfs.tree import Tree, fail
 #: Flags of open(2) that the backing descriptor gets as well. O_APPEND must not be among them: pwrite(2) would
 #: ignore its offset; the kernel has computed it already. O_DIRECT would demand aligned memory; the kernel
 #: side is direct all the same.
-_KEPT = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
+_SYNC = os.O_SYNC | os.O_DSYNC
+_KEPT = os.O_ACCMODE | _SYNC
 #: Writes up to this size (bytes) are done on the event loop: a copy into the page cache is faster than waking
 #: a thread.
 _INLINE_WRITE = 64 << 10
@@ -37,7 +38,7 @@ class Handle:
         self.node = node
         self.fd = fd
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
-        self.sync = bool(flags & (os.O_SYNC | os.O_DSYNC))
+        self.sync = bool(flags & _SYNC)
 
 
 class DirectoryHandle:
@@ -63,6 +64,8 @@ class Files:
         self._handles: dict[int, Handle] = {}
         self._directories: dict[int, DirectoryHandle] = {}
         self._next = 1
+        #: a volatile mount syncs nothing, O_SYNC included (kernel: ovl_should_sync)
+        self._kept = _KEPT & ~_SYNC if upper is not None and upper.volatile else _KEPT
         # Separate limits, so that syncs that take seconds never keep reads waiting.
         self._io = trio.CapacityLimiter(16)
         self._syncs = trio.CapacityLimiter(8)
@@ -73,16 +76,20 @@ class Files:
         self._next += 1
         return HandleId(self._next)
 
+    def backing_flags(self, flags: int) -> int:
+        """Those of open(2)'s flags that the backing descriptor gets."""
+        return flags & self._kept
+
     async def open(self, node: File, flags: int, caller: Caller) -> Handle:
         """Opens with the flags of open(2). Copies the file up when they write. Raises OSError."""
         writes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
         if not writes:
-            fd = self._open_lower_kindly(*self.tree.data_location(node), flags & _KEPT)
+            fd = self._open_lower_kindly(*self.tree.data_location(node), self.backing_flags(flags))
             return self.adopt(node, fd, flags)
         if self.copyup is None:
             fail(errno.EROFS)
         await self.copyup.data(node, caller, size=0 if flags & os.O_TRUNC else None)
-        fd = self.tree.open_real(*self.tree.where(node), flags & _KEPT)
+        fd = self.tree.open_real(*self.tree.where(node), self.backing_flags(flags))
         if flags & os.O_TRUNC:
             writer = fd
             if flags & os.O_ACCMODE == os.O_RDONLY:

@@ -8,8 +8,11 @@ or replaced before the file (all its names) was copied up, and is made anew afte
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import trio
 
+from layerfs.stack import LowerDir
 from layerfs.vfs.node import Directory, File
 from layerfs.vfs.tree import Tree
 
@@ -53,7 +56,7 @@ class LinkIndex:
             found: dict[tuple[int, bytes], tuple[Directory, bytes]] = {}
             try:
                 for path, name in index.get(key, ()):
-                    directory = await self._resolve(path)
+                    directory = await self.resolve(path)
                     if directory is not None and (directory.id, name) in found:
                         self._unpin_one(directory)
                     elif directory is not None:
@@ -76,7 +79,7 @@ class LinkIndex:
         directory.users -= 1
         self.tree.release(directory)
 
-    async def _resolve(self, path: bytes) -> Directory | None:
+    async def resolve(self, path: bytes) -> Directory | None:
         """The loaded directory at `path` in the merged tree, pinned; None when there is none any more."""
         here: Directory = self.tree.root
         here.users += 1
@@ -101,15 +104,29 @@ class LinkIndex:
         async with self._lock:
             while self._names is None or self._moves != self.tree.moves:
                 self._moves = self.tree.moves
-                self._names = await self._walk()
+                self._names = await self._several()
             return self._names
 
-    async def _walk(self) -> dict[_Key, list[tuple[bytes, bytes]]]:
-        """Walks the merged tree, new directories too (others may have been moved into them); keeps inodes
-        seen under several names.
-        """
+    async def _several(self) -> dict[_Key, list[tuple[bytes, bytes]]]:
+        """The names of every inode that is seen under more than one."""
         first: dict[_Key, tuple[bytes, bytes]] = {}
         several: dict[_Key, list[tuple[bytes, bytes]]] = {}
+
+        def visit(path: bytes, name: bytes, home: LowerDir, real: int) -> None:
+            key = (home.layer.index, home.region, real)
+            if key not in first:
+                first[key] = (path, name)
+            else:
+                several.setdefault(key, [first[key]]).append((path, name))
+
+        await self.walk(visit)
+        return several
+
+    async def walk(self, visit: Callable[[bytes, bytes, LowerDir, int], None]) -> None:
+        """Calls `visit(directory's path, name, lower directory, real inode number)` for every name of a lower
+        non-directory in the merged tree; new directories are walked too, as others may have been moved into
+        them.
+        """
         todo: list[tuple[Directory, bytes]] = [(self.tree.root, b"")]
         self.tree.root.users += 1
         try:
@@ -117,7 +134,10 @@ class LinkIndex:
                 directory, path = todo.pop()
                 try:
                     await trio.lowlevel.checkpoint()
-                    merged = await self.tree.load(directory)
+                    try:
+                        merged = await self.tree.load(directory)
+                    except OSError:
+                        continue  # changed or unreadable: nobody sees names in there
                     for name, entry in merged.names.items():
                         if entry.is_dir:
                             try:
@@ -128,11 +148,7 @@ class LinkIndex:
                             child.users += 1
                             todo.append((child, path + b"/" + name if path else name))
                         elif entry.home is not None:
-                            key = (entry.home.layer.index, entry.home.region, entry.real)
-                            if key not in first:
-                                first[key] = (path, name)
-                            else:
-                                several.setdefault(key, [first[key]]).append((path, name))
+                            visit(path, name, entry.home, entry.real)
                 finally:
                     directory.users -= 1
                     self.tree.release(directory)
@@ -140,4 +156,3 @@ class LinkIndex:
             for directory, _ in todo:
                 directory.users -= 1
                 self.tree.release(directory)
-        return several

@@ -16,6 +16,7 @@ import trio
 from layerfs.gate import Gate
 from layerfs.stack import Stack
 from layerfs.upper.upper import Upper
+from layerfs.vfs import kernel_index
 from layerfs.vfs.attributes import Attributes as AttributeChanges
 from layerfs.vfs.attributes import Change, get_xattr, list_xattrs
 from layerfs.vfs.caller import Caller
@@ -67,6 +68,12 @@ class Vfs:
         if self._writing is None:
             fail(errno.EROFS)
         return self._writing
+
+    async def start(self) -> None:
+        """Before the first request. Raises OSError."""
+        if self._writing is not None:
+            writing = self._writing
+            await kernel_index.adopt(self.tree, writing.names.upper, writing.copyup, writing.copyup.links)
 
     def give_up(self) -> None:
         """The mount is going: nothing that takes long is waited for."""
@@ -132,7 +139,7 @@ class Vfs:
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
     ) -> tuple[Handle, Attributes]:
-        kept = flags & (os.O_ACCMODE | os.O_SYNC | os.O_DSYNC)
+        kept = self.files.backing_flags(flags)
         node, fd = await self._write().names.create(
             self.tree.directory(parent), name, New(mode), kept, caller
         )
