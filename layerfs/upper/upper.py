@@ -117,6 +117,13 @@ class Upper:
         """`path`: where the content lies in the lowers, from the overlay's root, without a leading slash."""
         self._set(parent, name, self.names.redirect, redirect.encode(path))
 
+    def drop_redirect(self, parent: int, name: bytes) -> None:
+        try:
+            os.removexattr(at_path(parent, name), self.names.redirect, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_XATTR:
+                raise
+
     def set_impure(self, directory: OwnedFd) -> None:
         """Marks a directory that holds objects with an origin: the kernel, and we, then look for their
         numbers when listing.

@@ -12,7 +12,7 @@ from layerfs.overlay import acl
 from layerfs.overlay.names import XattrNames
 from layerfs.upper.upper import Upper
 from layerfs.vfs.caller import Caller
-from layerfs.vfs.copyup import CopyUp
+from layerfs.vfs.copyup import CopyUp, without_setid
 from layerfs.vfs.node import Directory, File, Node
 from layerfs.vfs.tree import Tree, fail
 
@@ -80,9 +80,7 @@ class Attributes:
     def _cut(self, node: Node, target: OwnedFd, size: int) -> None:
         """truncate(2); takes setuid away as a write does."""
         mode = os.fstat(target.fd).st_mode
-        kept = mode & ~stat.S_ISUID
-        if mode & stat.S_IXGRP:
-            kept &= ~stat.S_ISGID
+        kept = without_setid(mode)
         writer = OwnedFd(self._open_for_writing(node, target))
         os.ftruncate(writer.fd, size)
         if kept != mode:

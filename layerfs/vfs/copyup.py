@@ -13,11 +13,12 @@ import errno
 import logging
 import os
 import stat
+import time
 from functools import partial
 
 import trio
 
-from layerfs.fdutil import Cancelled, OwnedFd
+from layerfs.fdutil import Cancelled, OwnedFd, fd_path
 from layerfs.stack import Entry
 from layerfs.upper import copyup, journal
 from layerfs.upper.steps import step
@@ -263,10 +264,15 @@ class CopyUp:
             if job.cancelled:
                 self.upper.discard(copy.temporary)
                 raise Cancelled
+            cut = length < st.st_size
+            if cut and copy.fd is not None:
+                _cut_short(copy.fd)
             if names and node.parent is not None:
                 self._publish_links(node, copy, names)
             else:
                 self._publish(node, copy, metacopy=False)
+            if cut:
+                self.tree.changed(node)
         finally:
             self.links.unpin(names)
 
@@ -282,25 +288,31 @@ class CopyUp:
 
     def _source(self, node: File, st: os.stat_result) -> copyup.Source:
         fd, name = self.tree.where(node)
-        if node.in_upper:
+        if not node.in_upper:
+            return copyup.Source(fd, name, st, node.id, self.upper.make_origin(fd.fd, name))
+        # The copy is made in a thread; meanwhile the name may come to mean another file, so the object itself
+        # is held.
+        fd = self.tree.object_path(fd, name)
+        try:
+            origin = os.getxattr(fd_path(fd.fd), self.upper.names.origin)
+        except OSError:
             origin = b""
-            if name:
-                try:
-                    origin = os.getxattr(
-                        self.tree.real_path(node)[0], self.upper.names.origin, follow_symlinks=False
-                    )
-                except OSError:
-                    pass
-        else:
-            origin = self.upper.make_origin(fd.fd, name)
-        return copyup.Source(fd, name, st, node.id, origin)
+        return copyup.Source(fd, b"", st, node.id, origin)
 
     # -- publishing -------------------------------------------------------------------------------
 
     def _publish(self, node: File, copy: copyup.Copy, *, metacopy: bool) -> None:
-        """Shows a finished copy under the name its file has now. Synchronous."""
-        old_ctime = self.tree.shown_ctime(node)
-        parent = node.parent
+        """Shows a finished copy under the name its file has now. Synchronous. Raises OSError, nothing
+        left.
+        """
+        try:
+            old_ctime = self.tree.shown_ctime(node)
+            parent = node.parent
+            parent_fd = self.directory(parent) if parent is not None else None
+            parent_ctime = self.tree.shown_ctime(parent) if parent is not None else 0
+        except OSError:
+            self.upper.discard(copy.temporary)
+            raise
         if parent is None:
             # Unlinked while open: nobody else can see it, so the copy needs no name either.
             work = self.upper.work.fd.fd
@@ -310,8 +322,7 @@ class CopyUp:
         else:
             name = node.name
             replace = node.in_upper
-            parent_fd = self.directory(parent)
-            parent_ctime = self.tree.shown_ctime(parent)
+            assert parent_fd is not None
             copyup.publish(self.upper, copy.temporary, parent_fd, name, replace=replace)
             parent.impure = True
             self.tree.keep_ctime(parent, parent_ctime)
@@ -386,3 +397,20 @@ class CopyUp:
             return
         for handle in node.handles or ():
             handle.fd = fd
+
+
+def _cut_short(fd: OwnedFd) -> None:
+    """A copy of fewer bytes than the file has is half of a truncate: the other half, mtime and setuid,
+    belongs to it before it is shown (the caller that truncates has yet to wake up).
+    """
+    st = os.fstat(fd.fd)
+    kept = without_setid(st.st_mode)
+    if kept != st.st_mode:
+        os.fchmod(fd.fd, stat.S_IMODE(kept))
+    os.utime(fd.fd, ns=(st.st_atime_ns, time.time_ns()))
+
+
+def without_setid(mode: int) -> int:
+    """The mode after a write or truncate: setuid goes, and setgid of an executable (write(2), inode(7))."""
+    mode &= ~stat.S_ISUID
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode

@@ -13,7 +13,7 @@ from layerfs.fdutil import OwnedFd
 from layerfs.ids import HandleId
 from layerfs.upper.upper import Upper
 from layerfs.vfs.caller import Caller
-from layerfs.vfs.copyup import CopyUp
+from layerfs.vfs.copyup import CopyUp, without_setid
 from layerfs.vfs.node import Directory, File
 from layerfs.vfs.tree import Tree, fail
 
@@ -173,9 +173,7 @@ class Files:
         backing file system drops.
         """
         mode = os.fstat(fd.fd).st_mode
-        kept = mode & ~stat.S_ISUID
-        if mode & stat.S_IXGRP:
-            kept &= ~stat.S_ISGID
+        kept = without_setid(mode)
         if kept != mode:
             os.fchmod(fd.fd, stat.S_IMODE(kept))
         node.privileged = False

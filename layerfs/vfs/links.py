@@ -103,8 +103,9 @@ class LinkIndex:
     async def _index(self) -> dict[_Key, list[tuple[bytes, bytes]]]:
         async with self._lock:
             while self._names is None or self._moves != self.tree.moves:
-                self._moves = self.tree.moves
+                moves = self.tree.moves
                 self._names = await self._several()
+                self._moves = moves
             return self._names
 
     async def _several(self) -> dict[_Key, list[tuple[bytes, bytes]]]:

@@ -264,9 +264,8 @@ class Namespace:
                 fail(errno.EISDIR)
             node = self.tree.child(parent, name, entry)
             assert isinstance(node, File)
-            if await self._all_names_up(node, caller):
-                continue
-            break
+            if not await self._all_names_up(node, caller) and merged_is(parent, name, entry):
+                break
         parent_fd = self.copyup.directory(parent)
         in_upper = entry.home is None
         pin = self._pin(node, parent_fd, name) if in_upper else None
@@ -274,7 +273,7 @@ class Namespace:
             self.upper.whiteout(parent_fd.fd, name, present=in_upper, is_dir=False)
         else:
             self.upper.remove(parent_fd.fd, name, is_dir=False)
-        self._gone(parent, name, entry, node, pin)
+        self._gone(parent, name, entry, node, pin, hidden=entry.lower)
 
     async def _present(self, parent: Directory, name: bytes) -> Entry:
         merged = await self.tree.load(parent)
@@ -310,9 +309,12 @@ class Namespace:
         handles = node.handles if isinstance(node, File) else None
         return next(iter(handles)).fd if handles else None
 
-    def _gone(self, parent: Directory, name: bytes, entry: Entry, node: Node, pin: OwnedFd | None) -> None:
+    def _gone(
+        self, parent: Directory, name: bytes, entry: Entry, node: Node, pin: OwnedFd | None, *, hidden: bool
+    ) -> None:
+        """Notes that an object lost a name; `hidden`: a whiteout stands there now."""
         entry.node = None
-        self._drop_entry(parent, name, hidden=entry.lower)
+        self._drop_entry(parent, name, hidden=hidden)
         self.tree.drop_name(node, parent, name)
         if node.parent is None:
             node.pin = pin
@@ -345,7 +347,7 @@ class Namespace:
         else:
             self.upper.remove(parent_fd.fd, name, is_dir=True)
         node.merged = Merged()
-        self._gone(parent, name, entry, node, pin)
+        self._gone(parent, name, entry, node, pin, hidden=entry.lower)
 
     # -- rename -----------------------------------------------------------------------------------
 
@@ -425,6 +427,9 @@ class Namespace:
                 fail(errno.ENOTDIR)
             if target_node is not node and await self._all_names_up(target_node, caller):
                 return None
+            same = merged_is(parent, name, entry) and merged_is(new_parent, new_name, target_entry)
+            if not same or self.tree.moves != moves:
+                return None  # counting names awaits too
         return (source, target) if await self._movable(source, caller) else None
 
     @staticmethod
@@ -452,49 +457,68 @@ class Namespace:
         assert isinstance(node, Directory)
         if not node.lowers or self.redirect_dir:
             return True
-        return await self._whole(node, caller)
+        await self._whole(node, caller)
+        return False
 
-    async def _whole(self, directory: Directory, caller: Caller) -> bool:
-        """Without redirects a directory can only move when all of it is in the upper. Copies what is not,
-        then cuts it off its lowers.
-
-        Returns whether nothing had to be done. A crash in between leaves copies, no change to be seen."""
+    async def _whole(self, directory: Directory, caller: Caller) -> None:
+        """Without redirects a directory can only move when all of it is in the upper: copies what is not,
+        then cuts it off its lowers (`directory.lowers` is empty then). When somebody changes things meanwhile
+        it may leave it undone; the caller tries again. A crash in between leaves copies, no change to be
+        seen.
+        """
         directory.users += 1
         try:
             merged = await self.tree.load(directory)
             for name, entry in list(merged.names.items()):
-                if merged.names.get(name) is not entry:
-                    return False
+                if not merged_is(directory, name, entry):
+                    return
                 child = self.tree.child(directory, name, entry)
-                if isinstance(child, Directory):
-                    if child.lowers:
-                        await self._whole(child, caller)
-                    else:
-                        self.copyup.directory(child)
-                elif isinstance(child, File) and (not child.in_upper or self.tree.is_metacopy(child)):
-                    await self.copyup.data(child, caller)
-                self.tree.release(child)
-            if directory.parent is None:
-                return False
-            if any(entry.home is not None for entry in merged.names.values()):
-                return False  # somebody changed something while we copied: once more
-            fd = self.copyup.directory(directory)
-            parent_fd = self.copyup.directory(directory.parent)
-            # The number is made from the lower it no longer has.
-            self.upper.record_ino(parent_fd.fd, directory.name, directory.id)
-            self.upper.set_impure(parent_fd)
-            directory.parent.impure = True
-            os.setxattr(fd_path(fd.fd), self.upper.names.opaque, whiteout.OPAQUE)
-            self.upper.drop_whiteouts(fd, merged)
-            directory.lowers = ()
-            directory.lower_path = None
-            for entry in merged.names.values():
-                entry.lower = False
-                entry.lowers = ()
-            return False
+                child.users += 1
+                try:
+                    if isinstance(child, Directory):
+                        if child.lowers:
+                            await self._whole(child, caller)
+                        else:
+                            self.copyup.directory(child)
+                    elif isinstance(child, File) and (not child.in_upper or self.tree.is_metacopy(child)):
+                        await self.copyup.data(child, caller)
+                finally:
+                    child.users -= 1
+                    self.tree.release(child)
+            if directory.parent is not None and all(
+                self._is_whole(directory, name, entry) for name, entry in merged.names.items()
+            ):
+                self._cut_off(directory, directory.parent)
         finally:
             directory.users -= 1
             self.tree.release(directory)
+
+    def _is_whole(self, directory: Directory, name: bytes, entry: Entry) -> bool:
+        if entry.home is not None:
+            return False
+        child = self.tree.child(directory, name, entry)
+        whole = isinstance(child, File) or (isinstance(child, Directory) and not child.lowers)
+        self.tree.release(child)
+        return whole
+
+    def _cut_off(self, directory: Directory, parent: Directory) -> None:
+        """A directory that is wholly in the upper stops merging. Synchronous."""
+        merged = self._merged(directory)
+        fd = self.copyup.directory(directory)
+        parent_fd = self.copyup.directory(parent)
+        # The number was made from the lower that it no longer has.
+        self.upper.record_ino(parent_fd.fd, directory.name, directory.id)
+        self.upper.set_impure(parent_fd)
+        parent.impure = True
+        self.upper.set_opaque(parent_fd.fd, directory.name)
+        self.upper.drop_redirect(parent_fd.fd, directory.name)
+        self.upper.drop_whiteouts(fd, merged)
+        directory.lowers = ()
+        directory.lower_path = None
+        self._merged(parent).names[directory.name].lowers = ()
+        for entry in merged.names.values():
+            entry.lower = False
+            entry.lowers = ()
 
     # -- commits of rename: no await below --------------------------------------------------------
 
@@ -538,7 +562,7 @@ class Namespace:
         if target is not None:
             if isinstance(target.node, Directory):
                 target.node.merged = Merged()
-            self._gone(new_parent, new_name, target.entry, target.node, pin)
+            self._gone(new_parent, new_name, target.entry, target.node, pin, hidden=False)
         self._drop_entry(source.parent, source.name, hidden=source.entry.lower)
         self._arrive(source, new_parent, new_name, lower_at_target)
 
@@ -624,3 +648,8 @@ class _Place:
     name: bytes
     entry: Entry
     node: Node
+
+
+def merged_is(directory: Directory, name: bytes, entry: Entry) -> bool:
+    """Whether a name still means what it meant before something was awaited."""
+    return directory.merged is not None and directory.merged.names.get(name) is entry

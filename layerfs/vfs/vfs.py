@@ -93,8 +93,11 @@ class Vfs:
             node.users += 1
             try:
                 attributes = await self.tree.attributes(node)
-            finally:
+            except BaseException:
                 node.users -= 1
+                self.tree.release(node)
+                raise
+            node.users -= 1
             # Counting links may have awaited: the name must still mean this node, or the kernel would be told
             # something stale.
             if (
