@@ -16,7 +16,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,6 +213,7 @@ class World:
         made = Steps(self, task)
         entry = self.scheduler.spawn(f"task {task}", steps(made))  # type: ignore[arg-type]
         entry.may_time_out = made.person.interrupted
+        self.scheduler.advance(entry)  # to its first operation: no choice is lost by it
         return made
 
     def attributes(self, found: Attributes) -> tuple[object, ...]:
@@ -487,30 +488,34 @@ def check(
     place: Place,
     programs: list[Program],
     *,
-    prepare: Program | None = None,
+    prepare: Sequence[Program],
     switches: int = 3,
     limit: int = 40,
     at_random: int = 10,
     **options: bool,
 ) -> int:
-    """Tries the orders of `programs` and holds each to the laws; returns how many runs there were."""
+    """Tries the orders of `programs`, after each of the preparations, and holds each to the laws; returns how many runs there were."""
     reference = Reference()
+    start = prepare[0]
 
     def one_by_one(choices: list[int], source: random.Random | None) -> Scheduler:
         scheduler, world, outcome = play(
-            place, programs, choices, source, atomic=True, prepare=prepare, **options
+            place, programs, choices, source, atomic=True, prepare=prepare[0], **options
         )
         reference.orders.setdefault(outcome, []).append([(each.task, each.number) for each in world.done])
         return scheduler
 
     def together(choices: list[int], source: random.Random | None) -> Scheduler:
-        scheduler, world, outcome = play(place, programs, choices, source, prepare=prepare, **options)
+        scheduler, world, outcome = play(place, programs, choices, source, prepare=start, **options)
         if not any(_fits(world.done, order) for order in reference.orders.get(outcome, ())):
             raise AssertionError(explain(world, outcome, reference))
         return scheduler
 
     explore(one_by_one, switches=100, limit=400)
-    return explore(together, switches=switches, limit=limit, at_random=at_random)
+    runs = 0
+    for start in prepare:
+        runs += explore(together, switches=switches, limit=limit, at_random=at_random)
+    return runs
 
 
 def _fits(done: list[Done], order: list[tuple[int, int]]) -> bool:

@@ -1,0 +1,388 @@
+"""Orders that need three requests, a signal, a full disk or no redirects."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib
+import os
+import random
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from layerfs.fdutil import RENAME_EXCHANGE
+from layerfs.ids import ROOT
+
+from . import test_orders as orders
+from .scheduler import Scheduler, explore
+from .test_orders import ABSENT, IDS, chmod, cold, create, link, listing, look_twice, lookup, on, read_after, rename
+from .test_orders import rmdir, truncate, unlink, warm, write
+from .world import Outcome, Place, Program, Steps, World, a_place, check, play
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    with a_place() as made:
+        yield made
+
+
+def inside(*path: str) -> Any:
+    """`inside("tree", "deep")` gives programs on names in d/tree/deep, which is looked up first."""
+
+    def wrap(then: Any) -> Program:
+        async def program(steps: Steps) -> None:
+            here = IDS["d"]
+            for name in path:
+                found = await steps.lookup(here, name)
+                if found is None:
+                    return
+                here = found.ino
+            await then(steps, here)
+
+        return program
+
+    return wrap
+
+
+# -- hard links: three requests at the names of one file -------------------------------------------------------
+
+
+def other_name(then: str) -> Program:
+    """Something with e/hard2, the second name of d/hard1."""
+
+    async def program(steps: Steps) -> None:
+        found = await steps.lookup(IDS["e"], "hard2")
+        if found is None:
+            return
+        if then == "unlink":
+            await steps.unlink(IDS["e"], "hard2")
+        elif then == "rename":
+            await steps.rename(IDS["e"], "hard2", IDS["d"], ABSENT)
+        elif then == "chmod":
+            await steps.chmod(found.ino, 0o600)
+        elif then == "open":
+            handle = await steps.open(found.ino, os.O_RDWR)
+            if handle is not None:
+                await steps.write(handle, b"NEW")
+        elif then == "getattr":
+            await steps.getattr(found.ino)
+
+    return program
+
+
+@pytest.mark.parametrize("second", ["unlink", "rename", "chmod", "open", "getattr"])
+@pytest.mark.parametrize("first", ["unlink", "chmod", "write", "truncate", "exchange", "other-over", "link"])
+def test_two_names_of_one_file(place: Place, first: str, second: str) -> None:
+    programs = [orders.file_writers("hard1")[first], other_name(second)]
+    check(place, programs, prepare=[cold, warm("hard1")], limit=12, at_random=4)
+
+
+@pytest.mark.parametrize("moved", ["rename", "exchange"])
+def test_a_directory_of_links_moves(place: Place, moved: str) -> None:
+    """The index of hard links is made while a directory that holds one moves."""
+
+    async def move(steps: Steps) -> None:
+        if moved == "rename":
+            await steps.rename(ROOT, "e", IDS["d"], ABSENT)
+        else:
+            await steps.rename(ROOT, "e", IDS["d"], "tree", RENAME_EXCHANGE)
+
+    for program in (chmod("hard1"), unlink("hard1"), lookup("solo"), write("hard1")):
+        check(place, [program, move], prepare=[cold], limit=12, at_random=4)
+
+
+@pytest.mark.parametrize("three", [("unlink", "chmod"), ("write", "unlink"), ("other-over", "chmod"), ("away", "write")])
+@pytest.mark.parametrize("name", ["low", "metal", "solo", "hard1"])
+def test_three_at_once(place: Place, name: str, three: tuple[str, str]) -> None:
+    both = orders.file_writers(name)
+    check(place, [lookup(name), both[three[0]], both[three[1]]], prepare=[cold], limit=25, at_random=8)
+
+
+# -- listing while names come and go ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [unlink("low"), rename("low", ABSENT), rename("up", "low"), create(ABSENT), write("metal"), chmod("sub"), rmdir("void")],
+    ids=["unlink", "rename", "over", "create", "write", "chmod", "rmdir"],
+)
+def test_listing(place: Place, change: Program) -> None:
+    check(place, [listing("d"), change], prepare=[cold], limit=15, at_random=4)
+
+
+# -- no redirects: a directory moves only when all of it is in the upper ---------------------------------------
+
+
+def _tree_changes() -> dict[str, Program]:
+    deep = inside("tree", "deep")
+
+    async def unlink_z(steps: Steps, id: int) -> None:
+        await steps.unlink(id, "z")
+
+    async def create_w(steps: Steps, id: int) -> None:
+        await steps.create(id, "w")
+
+    async def over_z(steps: Steps, id: int) -> None:
+        await steps.create(id, "w")
+        await steps.rename(id, "w", id, "z")
+
+    async def out(steps: Steps, id: int) -> None:
+        await steps.rename(id, "z", IDS["d"], "zz")
+
+    async def up_in(steps: Steps, id: int) -> None:
+        await steps.rename(IDS["d"], "low", id, "low")
+
+    async def directory_in(steps: Steps, id: int) -> None:
+        await steps.rename(IDS["d"], "sub", id, "sub")
+
+    async def directory_out(steps: Steps, id: int) -> None:
+        await steps.rename(id, "deep", IDS["d"], "deep")
+
+    async def exchange(steps: Steps, id: int) -> None:
+        await steps.rename(id, "deep", IDS["d"], "sub", RENAME_EXCHANGE)
+
+    async def write_z(steps: Steps, id: int) -> None:
+        found = await steps.lookup(id, "z")
+        if found is not None:
+            handle = await steps.open(found.ino, os.O_RDWR)
+            if handle is not None:
+                await steps.write(handle, b"NEW")
+
+    tree = inside("tree")
+    return {
+        "unlink": deep(unlink_z),
+        "create": deep(create_w),
+        "over": deep(over_z),
+        "out": deep(out),
+        "in": deep(up_in),
+        "directory-in": deep(directory_in),
+        "directory-out": tree(directory_out),
+        "exchange": tree(exchange),
+        "write": deep(write_z),
+    }
+
+
+@pytest.mark.parametrize("change", _tree_changes())
+def test_without_redirects(place: Place, change: str) -> None:
+    programs = [rename("tree", ABSENT), _tree_changes()[change]]
+    check(place, programs, prepare=[cold], limit=40, at_random=15, redirect_dir=False)
+
+
+def test_without_redirects_two_directories_change_places(place: Place) -> None:
+    programs = [rename("tree", "sub", RENAME_EXCHANGE), rename("sub", "mixed", RENAME_EXCHANGE)]
+    check(place, programs, prepare=[cold], limit=25, at_random=5, redirect_dir=False)
+
+
+# -- a name that is used again while its old file is copied ----------------------------------------------------
+
+
+def test_the_copy_takes_nothing_from_a_new_file_of_its_name(place: Place) -> None:
+    async def again(steps: Steps) -> None:
+        await steps.lookup(IDS["d"], "metal")
+        await steps.unlink(IDS["d"], "metal")
+        await steps.create(IDS["d"], "metal")
+        found = await steps.lookup(IDS["d"], "metal")
+        assert found is not None
+        await steps.setxattr(found.ino, "user.of-the-new", b"1")
+
+    async def write_and_list(steps: Steps, id: int) -> None:
+        await steps.open(id, os.O_RDWR)
+        await steps._do("listxattr", steps.vfs.listxattr(id, steps.person), tuple)
+
+    check(place, [on("metal", write_and_list), again], prepare=[warm("metal")], limit=60, at_random=30)
+
+
+# -- signals ---------------------------------------------------------------------------------------------------
+
+
+def _with_signals(place: Place, workers: list[Program], hit: list[int], *, limit: int, at_random: int, **options: bool) -> set[str]:
+    """Runs `workers` and for each of `hit` one who sends it a signal. A worker's operation ends as it does without any, or with EINTR as if
+    it had not been begun. Returns the answers seen."""
+    allowed: dict[frozenset[int], set[Outcome]] = {}
+    seen: set[str] = set()
+
+    def without(missing: frozenset[int]) -> set[Outcome]:
+        if missing not in allowed:
+            found = allowed[missing] = set()
+
+            def run(choices: list[int], source: random.Random | None) -> Scheduler:
+                kept = [w if n not in missing else nothing for n, w in enumerate(workers)]
+                scheduler, _, outcome = play(place, kept, choices, source, atomic=True, prepare=cold, **options)
+                found.add(outcome)
+                return scheduler
+
+            explore(run, switches=100, limit=200)
+        return allowed[missing]
+
+    async def nothing(steps: Steps) -> None:
+        pass
+
+    def run(choices: list[int], source: random.Random | None) -> Scheduler:
+        made: dict[int, Steps] = {}
+
+        def kept(number: int, worker: Program) -> Program:
+            async def program(steps: Steps) -> None:
+                made[number] = steps
+                await worker(steps)
+
+            return program
+
+        def sender(number: int) -> Program:
+            async def program(steps: Steps) -> None:
+                await steps.signal(made[number])
+
+            return program
+
+        programs = [kept(n, w) for n, w in enumerate(workers)] + [sender(n) for n in hit]
+        scheduler, world, outcome = play(place, programs, choices, source, prepare=cold, **options)
+        answers = outcome.answers[: len(workers)]
+        missing = frozenset(n for n, each in enumerate(answers) if any(a == "EINTR" for _, a in each))
+        seen.update(str(a) for each in answers for _, a in each)
+        assert missing <= set(hit), "only who got a signal may be interrupted"
+
+        def changing(answers: Any, tree: Any) -> Any:
+            # lookups stand before the operation that counts
+            return tuple(
+                tuple(a for a in each if not a[0].startswith("lookup")) if n not in missing else ()
+                for n, each in enumerate(answers)
+            ), tree
+
+        possible = {changing(o.answers, o.tree) for o in without(missing)}
+        assert changing(answers, outcome.tree) in possible, (answers, missing, world.done)
+        return scheduler
+
+    explore(run, switches=4, limit=limit, at_random=at_random)
+    return seen
+
+
+def _cut(size: int, name: str = "low") -> Program:
+    return on(name, lambda steps, id: steps.truncate(id, size))
+
+
+def _open(name: str = "low") -> Program:
+    return on(name, lambda steps, id: steps.open(id, os.O_RDWR))
+
+
+@pytest.mark.parametrize("name", ["low", "metal", "hard1"])
+def test_a_signal_ends_waiting_and_leaves_nothing(place: Place, name: str) -> None:
+    assert "EINTR" in _with_signals(place, [_open(name)], [0], limit=60, at_random=20)
+
+
+@pytest.mark.parametrize("other", ["open", "cut"])
+@pytest.mark.parametrize("name", ["low", "metal"])
+def test_one_of_two_waiters_is_interrupted(place: Place, name: str, other: str) -> None:
+    """The other one gets what he asked for, whoever began the copy and however much of it was to be copied."""
+    second = _open(name) if other == "open" else _cut(5, name)
+    for hit in ([0], [1], [0, 1]):
+        assert "EINTR" in _with_signals(place, [_open(name), second], hit, limit=60, at_random=30)
+
+
+def test_waiters_of_different_sizes(place: Place) -> None:
+    assert "EINTR" in _with_signals(place, [_cut(0), _cut(4)], [0], limit=60, at_random=30)
+
+
+def test_who_changes_attributes_can_be_interrupted_too(place: Place) -> None:
+    assert "EINTR" in _with_signals(place, [_open(), chmod("low")], [1], limit=60, at_random=30)
+
+
+# -- faults ----------------------------------------------------------------------------------------------------
+
+#: Calls that may find no room, by the module that makes them.
+_GROWING = {
+    "layerfs.upper.copyup": ("os.open", "os.mkdir", "os.symlink", "os.mknod", "os.setxattr", "copy_data"),
+    "layerfs.upper.upper": ("os.mknod", "os.link", "os.setxattr", "os.open", "os.rename", "renameat2", "lsetxattr"),
+    "layerfs.upper.journal": ("os.open", "os.write", "os.rename"),
+    "layerfs.vfs.copyup": ("os.link",),
+    "layerfs.vfs.namespace": ("os.mkdir", "os.symlink", "os.mknod", "os.link", "os.rename", "renameat2", "os.setxattr"),
+}
+
+
+class _Full:
+    """The disk: from the `nth` growing call on (or only then) there is no room."""
+
+    def __init__(self, nth: int, *, stays: bool) -> None:
+        self.left = nth
+        self.stays = stays
+        self.met = False
+
+    def call(self, real: Any, *arguments: Any, **more: Any) -> Any:
+        if real is os.open and not arguments[1] & os.O_CREAT:
+            return real(*arguments, **more)
+        self.left -= 1
+        if self.left == -1 or (self.left < 0 and self.stays):
+            self.met = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments, **more)
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        for module_name, calls in _GROWING.items():
+            module = importlib.import_module(module_name)
+            full_os = types.SimpleNamespace(**{name: getattr(os, name) for name in dir(os)})
+            for call in calls:
+                if call.startswith("os."):
+                    setattr(full_os, call[3:], functools.partial(self.call, getattr(os, call[3:])))
+                else:
+                    patch.setattr(module, call, functools.partial(self.call, getattr(module, call)))
+            if hasattr(module, "os"):
+                patch.setattr(module, "os", full_os)
+
+
+WORKERS = {
+    "write": write("low"),
+    "truncate": truncate("low", 3),
+    "chmod": chmod("low"),
+    "chmod-metacopy": write("metal"),
+    "chmod-link": chmod("link"),
+    "chmod-directory": chmod("tree"),
+    "away": rename("low", ABSENT),
+    "over": rename("up", "low"),
+    "exchange": rename("low", "up", RENAME_EXCHANGE),
+    "directory-away": rename("tree", ABSENT, parent="e"),
+    "directory-over": rename("udir", "void"),
+    "directory-exchange": rename("sub", "udir", RENAME_EXCHANGE),
+    "unlink": unlink("low"),
+    "unlink-upper": unlink("over"),
+    "rmdir": rmdir("void"),
+    "link": link("low", ABSENT, parent="e"),
+    "create": create(ABSENT),
+    "hard-unlink": unlink("hard1"),
+    "hard-chmod": chmod("hard1"),
+    "hard-write": write("hard1"),
+    "hard-over": rename("up", "hard1"),
+}
+
+
+@pytest.mark.parametrize("redirect_dir", [True, False], ids=["redirects", "no-redirects"])
+@pytest.mark.parametrize("stays", [False, True], ids=["once", "stays"])
+@pytest.mark.parametrize("worker", WORKERS)
+def test_a_full_disk_changes_nothing(place: Place, worker: str, stays: bool, redirect_dir: bool) -> None:
+    """Whichever call finds no room: the caller is told, the tree is as it was, and nothing is left in the work directory."""
+    untouched = play(place, [], [], None, atomic=True, prepare=cold, redirect_dir=redirect_dir)[2].tree
+    succeeded = play(place, [WORKERS[worker]], [], None, atomic=True, prepare=cold, redirect_dir=redirect_dir)[2].tree
+    for nth in range(60):
+        full = _Full(nth, stays=stays)
+        before = Scheduler([], atomic=True)
+        with before.installed():
+            world = World(place, before, redirect_dir=redirect_dir)
+            world.program(-1, cold)
+            before.run()
+            with pytest.MonkeyPatch.context() as patch:
+                full.install(patch)
+                world.program(0, WORKERS[worker])
+                before.run()
+        answers = [each.answer for each in world.done if each.task == 0]
+        tree = tuple(sorted(world.finish().items()))
+        if "ENOSPC" in answers:
+            assert tree == untouched or "opened" in answers, f"failure of call {nth} left something: {_unlike(untouched, tree)}"
+        else:
+            assert tree == succeeded, f"success in spite of the failure of call {nth}, but not all of it: {_unlike(succeeded, tree)}"
+        if not full.met:
+            return
+    raise AssertionError("more calls than can be counted")
+
+
+def _unlike(one: Any, two: Any) -> str:
+    return "\n".join(f"{a}\n{b}" for a, b in zip(one, two, strict=False) if a != b)
