@@ -1,4 +1,4 @@
-"""A stack with a canary beside it: a tree outside every layer that no test may read or write through the mount.
+"""A stack with a canary beside it: a tree outside every layer, never to be read or written through the mount.
 
 After each test that used `box` the lowers and the canary are byte for byte what they were, nothing of the
 canary was read, and the daemon still answers.
@@ -153,12 +153,14 @@ def walk(mnt: Path | str) -> dict[str, str]:
 
 
 def assert_alive(mounted: Mounted) -> None:
-    """The daemon is there and does new work."""
+    """The daemon is there and does new work. Leaves the tree as it was, times included."""
     assert isinstance(mounted, Layerfs) and len(mounted.pids()) == 1
+    before = os.stat(mounted.mnt)
     fresh = mounted.mnt / "alive?"
     fresh.write_text("yes")
     assert fresh.read_text() == "yes" and "alive?" in os.listdir(mounted.mnt)
     fresh.unlink()
+    os.utime(mounted.mnt, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.fixture

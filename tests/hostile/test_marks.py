@@ -116,7 +116,7 @@ def test_a_device_of_a_layer_is_not_opened(box: Box) -> None:
             for attempt in (
                 lambda p: os.link(p, str(p) + ".link"),
                 lambda p: os.chmod(p, 0o640),
-                lambda p: os.utime(p),
+                os.utime,
                 lambda p: os.setxattr(p, "trusted.x", b"y"),
                 lambda p: os.rename(p, str(p) + ".new"),
                 lambda p: os.unlink(str(p) + ".new"),
@@ -516,7 +516,7 @@ def test_unreadable_parts_do_not_spoil_the_rest(
 
 
 def test_prefix_of_the_other_kind(ordinary_user: tuple[int, int], make_stack: type[Stack]) -> None:
-    """An ordinary user's mount goes by `user.` marks; what a layer's author wrote there is bounded the same way."""
+    """An ordinary user's mount goes by `user.` marks; what a layer's author wrote there is bounded too."""
     stack = make_stack(n_lowers=2, owner=ordinary_user, prefix="user.overlay.")
     assert stack.upper is not None
     canary = stack.dir / "canary"

@@ -1,7 +1,7 @@
 """Redirects that a layer's author wrote: they lead to directories of the layers below, or nowhere.
 
-Each value stands on a directory of the upper, on one of the top lower, and on metadata-only files of both. The
-same layers are shown by kernel overlayfs: where it answers with an error so does layerfs, where it shows
+Each value stands on a directory of the upper, on one of the top lower, and on metadata-only files of both.
+The same layers are shown by kernel overlayfs: where it answers with an error so does layerfs, where it shows
 something layerfs shows the same, apart from the differences that `KERNEL_DIFFERS` gives reasons for.
 """
 
@@ -80,7 +80,7 @@ KERNEL_DIFFERS = {
     "nul": "an empty C string is looked up as such",
     "name-too-long": "not looked up at all: such a name can be nowhere",
 }
-#: What the kernel says of a second object that leads to one and the same lower one: it has one inode for both.
+#: What the kernel says of a second object that leads to one and the same lower: it has one inode for both.
 SECOND = "ESTALE"
 
 
@@ -154,7 +154,7 @@ def test_listing_holds_names_that_cannot_be_looked_up(box: Box, kernel_overlay: 
 
 
 def test_nothing_gets_out_by_changing_them(box: Box) -> None:
-    """Everything a user may try on such directories fails or stays in the upper; the rest of the mount works."""
+    """Everything a user may try on such directories fails or stays in the upper; the rest works."""
     lay_out(box)
     box.layers_done()
     with box.layerfs() as m:
@@ -166,12 +166,12 @@ def test_nothing_gets_out_by_changing_them(box: Box) -> None:
                 lambda p: (p / "secret").write_text("x"),
                 lambda p: (p / "sub" / "secret").write_text("x"),
                 lambda p: os.chmod(p, 0o700),
-                lambda p: os.utime(p),
+                os.utime,
                 lambda p: os.setxattr(p, "user.x", b"1"),
                 lambda p: os.unlink(p / "from-target"),
                 lambda p: os.rename(p, p.with_name(p.name + ".moved")),
                 lambda p: os.rename(p.with_name(p.name + ".moved"), p),
-                lambda p: os.rmdir(p),
+                os.rmdir,
                 lambda p: os.rename(m.mnt / "plain", p / "plain2"),
                 lambda p: os.rename(p / "plain2", m.mnt / "plain"),
             ):
@@ -203,7 +203,7 @@ def test_loops(box: Box, kernel_overlay: None) -> None:
     with box.layerfs() as m:
         by_layerfs = walk(m.mnt)
         assert_alive(m)
-    # The kernel has one inode for a/b and a and refuses the loop (ESTALE); with a node of its own it is finite.
+    # The kernel has one inode for a/b and a, and refuses the loop; with a node of its own it is finite.
     assert by_kernel.pop("a/b") in ("ESTALE", "ELOOP")
     assert by_layerfs["a/b/b/c"] == "dir" and by_layerfs["a/b/b/top-b"] == "file 5"
     assert {path: what for path, what in by_layerfs.items() if not path.startswith("a/b")} == by_kernel
