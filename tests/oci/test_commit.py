@@ -334,7 +334,7 @@ class Worker:
     def do(self, action: str, path: bytes | None, new: bytes) -> None:
         number = self.random.randrange(1000)
         if action == "create":
-            with open(new, "wb") as file:
+            with open(new, "xb") as file:  # a fifo may have the name
                 file.write(b"%d" % number)
         elif action == "mkdir":
             os.mkdir(new)
