@@ -23,7 +23,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "symlink out": lambda p: p.symlink_to("../../canary"),
     "device": lambda p: os.mknod(p, stat.S_IFCHR | 0o600, os.makedev(1, 3)),
     "whiteout device": lambda p: os.mknod(p, stat.S_IFCHR, 0),
-    "fifo": lambda p: os.mkfifo(p),
+    "fifo": os.mkfifo,
 }
 
 
@@ -31,7 +31,7 @@ ODD = [".wh.", ".wh..", ".wh...", ".wh..wh.", ".wh..wh..", ".wh..wh..wh.x", ".wh
 
 
 def test_odd_whiteout_names(box: Box) -> None:
-    """`.wh.x` hides x; `.wh.`, `.wh..` and `.wh...` hide nothing; none of them is ever seen or steers outside.
+    """`.wh.x` hides x; `.wh.`, `.wh..` and `.wh...` hide nothing; none is ever seen or steers outside.
     The directory that holds them can be emptied and removed.
     """
     for kind, make in MAKERS.items():
