@@ -5,6 +5,7 @@ line.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,10 @@ from layerfs.vfs.config import StackConfig
 if TYPE_CHECKING:
     from layerfs.overlay.options import MountOptions
 
+#: The daemon that `daemon_ahead` forked, until it is known to live on.
 _ahead: Daemon | None = None
+#: A work directory that was made for this mount, until the mount is usable.
+_made: str | None = None
 
 
 def load_serve() -> Serve:
@@ -28,15 +32,35 @@ def load_serve() -> Serve:
 
 @contextmanager
 def daemon_ahead() -> Iterator[None]:
-    """Fork the daemon now, to be used by `mount` inside; ended if that did not happen."""
+    """Fork the daemon now, to be used by `mount` inside; ended if that did not come to a mount."""
     global _ahead
     _ahead = fork_daemon(load_serve)
     try:
+        # Not by an exception: raised in the middle of an import it may be lost, with a complaint on stderr.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _undo_and_exit)
         yield
     finally:
-        unused, _ahead = _ahead, None
-        if unused is not None:
-            unused.abandon()
+        _undo()
+
+
+def _undo() -> None:
+    global _ahead, _made
+    daemon, _ahead = _ahead, None
+    if daemon is not None:
+        daemon.abandon()
+    made, _made = _made, None
+    if made is not None:
+        import shutil
+
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _undo_and_exit(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    _undo()
+    os._exit(128 + number)
 
 
 def mount(
@@ -88,7 +112,9 @@ def mount(
     device_before, cleared = preflight.check_mountpoint(mountpoint)
     if cleared:
         note(f"a dead mount was cleared off {mountpoint}")
-    with _default_work(config) as (config, keep_work):
+    if config.upper is not None and config.work is None and not config.read_only:
+        config = _with_default_work(config)
+    try:
         check_stack(config, mountpoint)
         if fake:
             return
@@ -101,43 +127,36 @@ def mount(
             log=absolute(log) if log else None,
         )
         if foreground:
-            run_foreground(load_serve, request, keep_work)
+            run_foreground(load_serve, request, _keep_work)
             return
-        daemon, _ahead = _ahead or fork_daemon(load_serve), None
-        daemon.start(request)
-        keep_work()
-        daemon.keep_and_exit()
-
-
-@contextmanager
-def _default_work(config: StackConfig) -> Iterator[tuple[StackConfig, Callable[[], None]]]:
-    """`config` with a work directory: `UPPER.work`, made if need be, and unmade unless the second value is
-    called.
-    """
-    made: str | None = None
-
-    def keep() -> None:
-        nonlocal made
-        made = None
-
-    if config.upper is not None and config.work is None and not config.read_only:
-        work = config.upper.rstrip("/") + ".work"
-        if os.path.isdir(config.upper):  # else the checks say what it is
-            try:
-                os.mkdir(work, 0o700)
-                made = work
-            except FileExistsError:
-                pass
-            except OSError as error:
-                raise MountError(
-                    f"work directory {work}: {os.strerror(error.errno or 0)} (--work DIR names another)",
-                    error.errno,
-                ) from None
-        config = replace(config, work=work)
-    try:
-        yield config, keep
+        _ahead = _ahead or fork_daemon(load_serve)
+        _ahead.start(request)
+        _ahead.keep_and_exit()
     finally:
-        if made is not None:
-            import shutil
+        _undo()
 
-            shutil.rmtree(made, ignore_errors=True)
+
+def _keep_work() -> None:
+    global _made
+    _made = None
+
+
+def _with_default_work(config: StackConfig) -> StackConfig:
+    """`config` with the work directory `UPPER.work`, made if need be (`_undo` unmakes it). Raises
+    MountError.
+    """
+    global _made
+    assert config.upper is not None
+    work = config.upper.rstrip("/") + ".work"
+    if os.path.isdir(config.upper):  # else the checks say what it is
+        try:
+            os.mkdir(work, 0o700)
+            _made = work
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise MountError(
+                f"work directory {work}: {os.strerror(error.errno or 0)} (--work DIR names another)",
+                error.errno,
+            ) from None
+    return replace(config, work=work)

@@ -28,6 +28,7 @@ def _run(arguments: list[str]) -> int:
         from layerfs.cli import group
 
         return group.run(arguments)
+    talk.die_quietly_of_sigint()
     # The daemon imports trio and pyfuse3 while we import click, read the options and look at the layers.
     from layerfs.cli import launching
 

@@ -20,7 +20,7 @@ from layerfs.errors import UsageError
 
 PROGRAM = "mount.layerfs"
 #: mount(8), "EXIT STATUS".
-USAGE, SYSTEM, BUG, INTERRUPTED, FAILED = 1, 2, 4, 8, 32
+USAGE, BUG, FAILED = 1, 4, 32
 
 _USAGE = """\
 Usage: mount.layerfs [SOURCE] MOUNTPOINT -o lowerdir=A:B[,upperdir=U,workdir=W][,OPTIONS]
@@ -80,7 +80,7 @@ def parse_arguments(arguments: list[str]) -> Arguments:
 def main() -> int:
     arguments = sys.argv[1:]
     code = talk.run(PROGRAM, lambda: _run(arguments))
-    return {2: USAGE, talk.INTERNAL: BUG, talk.INTERRUPTED: INTERRUPTED, 1: FAILED}.get(code, code)
+    return {2: USAGE, talk.INTERNAL: BUG, 1: FAILED}.get(code, code)
 
 
 def _run(arguments: list[str]) -> int:
@@ -101,6 +101,7 @@ def _run(arguments: list[str]) -> int:
     fake = "f" in parsed.flags and source is not None
     if foreground or fake:
         return _mount(parsed, source, mountpoint, foreground=foreground, fake=fake)
+    talk.die_quietly_of_sigint()
     from layerfs.cli import launching
 
     with launching.daemon_ahead():

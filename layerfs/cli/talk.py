@@ -6,7 +6,7 @@
 | 1    | it could not be done: stderr says why in one line                      |
 | 2    | the command line is wrong                                              |
 | 70   | a bug of layerfs (LAYERFS_TRACEBACK=1 shows where)                     |
-| 130  | interrupted                                                            |
+| 130  | interrupted; 143: ended by SIGTERM; nothing stays mounted              |
 | 141  | whoever read the output went away                                      |
 
 `mount.layerfs` speaks to mount(8) and uses its codes: 1 wrong usage, 2 system error, 4 bug, 8 interrupted, 32
@@ -30,7 +30,7 @@ EXIT_CODES = (
     (1, "it could not be done: one line on stderr says why"),
     (2, "the command line is wrong"),
     (INTERNAL, "a bug of layerfs (LAYERFS_TRACEBACK=1 shows where)"),
-    (INTERRUPTED, "interrupted"),
+    (INTERRUPTED, "interrupted; 143: ended by SIGTERM"),
     (OUTPUT_GONE, "whoever read the output went away"),
 )
 
@@ -77,3 +77,13 @@ def run(program: str, work: Callable[[], int | None]) -> int:
             traceback.print_exc()
         note(program, f"internal error, please report it: {type(error).__name__}: {error}")
         return INTERNAL
+
+
+def die_quietly_of_sigint() -> None:
+    """While nothing needs undoing: a KeyboardInterrupt in the middle of an import is lost or complained
+    about.
+    """
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -77,6 +77,7 @@ class Daemon:
         self.pid = pid
         self._request_fd = request_fd
         self._status_fd = status_fd
+        self._mountpoint: str | None = None
 
     def start(self, request: MountRequest) -> None:
         """Have `request` served; returns when the mount is usable. Raises LayerfsError, the daemon being gone
@@ -86,6 +87,7 @@ class Daemon:
 
         try:
             data = request.encode()
+            self._mountpoint = request.mountpoint
             _write_all(self._request_fd, len(data).to_bytes(8, "little") + data)
             said = _read_all(self._status_fd)
         except BaseException:
@@ -133,6 +135,10 @@ class Daemon:
         except ProcessLookupError:
             pass
         self._reap()
+        if self._mountpoint is not None:
+            from layerfs.runtime import mounts
+
+            mounts.clear_dead(self._mountpoint)
 
     def _reap(self) -> int:
         for fd in (self._request_fd, self._status_fd):
@@ -279,18 +285,33 @@ def _serve(request: MountRequest, serve: Serve, ready: Callable[[], None]) -> No
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.umask(0)  # the kernel has applied the caller's
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a caller that blocks SIGTERM must not make us deaf
-    config, scratch = request.config, None
-    if request.ephemeral:
-        from layerfs.runtime import ephemeral
+    # Killed between mounting and listening for these, `serve` would leave a dead mount: they wait until it is
+    # ready, which is after it listens. Once the first was heard, a second must not kill it while it syncs: it
+    # is dropped.
+    ends = (signal.SIGINT, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ends)
+    handlers = [signal.signal(number, lambda *_: None) for number in ends]
 
-        ephemeral.sweep()
-        scratch, config = ephemeral.make(config)
+    def ready_and_listening() -> None:
+        ready()
+        # All of them, whatever the caller had blocked.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    scratch = None
     try:
-        serve(config, request.mountpoint, set(request.fuse_options), ready)
+        config = request.config
+        if request.ephemeral:
+            from layerfs.runtime import ephemeral
+
+            ephemeral.sweep()
+            scratch, config = ephemeral.make(config)
+        serve(config, request.mountpoint, set(request.fuse_options), ready_and_listening)
     finally:
         if scratch is not None:
             scratch.remove()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        for number, handler in zip(ends, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 def _load_quickly(load: Loader) -> Serve:
