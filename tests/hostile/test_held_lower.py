@@ -78,7 +78,7 @@ WRITERS: dict[str, str] = {
     "chown and times": "os.chown(p[0], 5, 6); os.utime(p[0], (1, 2))",
     "xattr": "os.setxattr(p[0], 'user.new', b'value')",
     "link and write": (
-        "os.link(p[0], p[0] + '.link')\nfd = os.open(p[0] + '.link', os.O_WRONLY); os.pwrite(fd, b'LINK', 50)"
+        "os.link(p[0], p[0] + '.link')\nfd = os.open(p[0] + '.link', 1); os.pwrite(fd, b'LINK', 50)"
     ),
     "parent renamed, then write": (
         "d = os.path.dirname(p[0])\nos.rename(d, d + '.moved')\n"
@@ -311,7 +311,7 @@ def test_mapped_by_a_process_that_outlives_the_descriptor(places: dict[str, Path
 
 
 def test_running_program(root: None, make_stack: type[Stack]) -> None:
-    """A lower binary that runs cannot be written (ETXTBSY), can be replaced; one open for writing cannot run."""
+    """A lower binary that runs cannot be written (ETXTBSY), only replaced; one open for writing cannot run."""
     stack, plain = make_stack(), make_stack()
     sleep = shutil.which("sleep")
     assert sleep
