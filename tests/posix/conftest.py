@@ -62,16 +62,13 @@ def mounted(request: pytest.FixtureRequest) -> Iterator[mounts.Mounted]:
     for item in request.session.items:
         if not isinstance(item, pytest.Function) or item.module is not request.module:
             continue
-        if hasattr(item, "callspec"):
-            if item.callspec.params.get("mounted") == request.param:
-                tree = getattr(item.function, "tree", STANDARD)
-                under = directory_of(item)
-                if system == "plain":
-                    stack.write(stack.mnt, tree, under)
-                else:
-                    stack.populate(
-                        tree, arrangement, under, salt=zlib.crc32(item.originalname.encode()) & 0xFF
-                    )
+        if hasattr(item, "callspec") and item.callspec.params.get("mounted") == request.param:
+            tree = getattr(item.function, "tree", STANDARD)
+            under = directory_of(item)
+            if system == "plain":
+                stack.write(stack.mnt, tree, under)
+            else:
+                stack.populate(tree, arrangement, under, salt=zlib.crc32(item.originalname.encode()) & 0xFF)
     m: mounts.Mounted
     if system == "plain":
         m = mounts.PlainDir(stack)

@@ -187,7 +187,7 @@ def test_default_acl_set_through_the_mount(fs: Place) -> object:
 
 @tree(TREE)
 @compared
-def test_errors(fs: Place) -> object:
+def test_acl_errors(fs: Place) -> object:
     good = pack(WITH_USER)
     return [
         err(os.setxattr, fs / "f", DEFAULT, good),

@@ -17,7 +17,7 @@ import pytest
 from tests.support.stack import File
 
 from .calls import err, sync_file_range, syncfs
-from .place import BIG, Place, compared, forked, tree
+from .place import BIG, Place, compared, forked, only, tree
 
 RW = os.O_RDWR
 
@@ -66,6 +66,7 @@ def test_append_by_path(fs: Place, name: str) -> object:
     return fs.read(name), fs.stat(name).st_size, fs.stat(name).st_nlink
 
 
+@only("big", "f", "empty")
 @pytest.mark.parametrize("size", [0, 1, 100, 4095, 4096, 4097, 307_200, 307_201, 1 << 20, 1 << 32])
 @pytest.mark.parametrize("name", ["big", "f", "empty"])
 def test_truncate(fs: Place, name: str, size: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from .calls import F_OFD_GETLK, F_OFD_SETLK, err
-from .place import Place, forked
+from .place import Place, forked, only
 
 RO, RW = os.O_RDONLY, os.O_RDWR
 
@@ -49,6 +49,7 @@ def try_ofd(path: str) -> str:
         os.close(fd)
 
 
+@only("f", "h1", "h2", "big")
 @pytest.mark.parametrize("name", ["f", "h1", "big"])
 @pytest.mark.parametrize("change", ["nothing", "write", "chmod", "other opens", "rename", "truncate"])
 def test_flock_across_copy_up(fs: Place, name: str, change: str) -> None:

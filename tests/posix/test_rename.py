@@ -4,11 +4,12 @@ mount."""
 from __future__ import annotations
 
 import os
+import stat
 from typing import Any
 
 import pytest
 
-from tests.support.stack import Dir, File, Hardlink, Symlink, Tree
+from tests.support.stack import Dir, Entry, File, Hardlink, Node, Symlink, Tree
 
 from .calls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, err, listing, renameat2
 from .place import OTHER, USER, Place, as_user, compared, people, tree
@@ -31,45 +32,42 @@ def look(fs: Place, names: list[str]) -> Any:
     return found
 
 
-@pytest.mark.parametrize("how", FLAGS)
-@pytest.mark.parametrize("old", KINDS)
-@tree(
-    {
-        f"{to}/{name}": entry
-        for to in KINDS
-        for name, entry in {
-            "f": File(data=b"hello world\n"),
-            "h1": File(data=b"linked\n"),
-            "h2": Hardlink(f"{to}/h1"),
-            "d": Dir(),
-            "d/a": File(data=b"in d/a\n"),
-            "e": Dir(),
-            "l": Symlink(target="f"),
-            "ld": Symlink(target="d"),
-            "lx": Symlink(target="nowhere"),
-            "t-f": File(data=b"target"),
-            "t-h1": File(data=b"linked target"),
-            "t-h2": Hardlink(f"{to}/t-h1"),
-            "t-d": Dir(mode=0o711),
-            "t-d/z": File(data=b"z"),
-            "t-e": Dir(mode=0o700),
-            "t-l": Symlink(target="f2"),
-            "t-ld": Symlink(target="d2"),
-            "t-lx": Symlink(target="nowhere-else"),
-        }.items()
+def _kind(kind: str, at: str) -> Tree:
+    """An entry of that kind at that path; "nothing" is none."""
+    made: dict[str, Tree] = {
+        "f": {at: File(data=b"content of " + at.encode())},
+        "h1": {at: File(data=b"linked"), f"{at}-other": Hardlink(at)},
+        "d": {at: Dir(mode=0o711), f"{at}/a": File(data=b"in it")},
+        "e": {at: Dir(mode=0o700)},
+        "l": {at: Symlink(target="f")},
+        "ld": {at: Symlink(target="d")},
+        "lx": {at: Symlink(target="nowhere")},
+        "fifo": {at: Node(kind=stat.S_IFIFO)},
+        "chr": {at: Node(kind=stat.S_IFCHR, rdev=os.makedev(1, 3))},
+        "nothing": {},
     }
-)
+    return made[kind]
+
+
+PAIRS: dict[str | bytes, Entry] = {}
+for _old in KINDS:
+    for _new in KINDS:
+        PAIRS |= {
+            f"{_old}-{_new}": Dir(),
+            **_kind(_old, f"{_old}-{_new}/old"),
+            **_kind(_new, f"{_old}-{_new}/new"),
+        }
+
+
+@pytest.mark.parametrize("how", FLAGS)
+@tree(PAIRS)
 @compared
-def test_every_pair(fs: Place, how: str, old: str) -> object:
+def test_every_pair(fs: Place, how: str) -> object:
     """Every kind onto every kind, each pair in a directory of its own."""
-    found: list[Any] = []
-    for new in KINDS:
-        if "fifo" in (old, new) or "chr" in (old, new):
-            for kind in {old, new} & {"fifo", "chr"}:
-                os.mkfifo(fs / f"{new}/{kind}")
-                os.mkfifo(fs / f"{new}/t-{kind}")
-        a, b = f"{new}/{old}", f"{new}/t-{new}"
-        found.append((new, err(renameat2, fs / a, fs / b, FLAGS[how]), look(fs, [a, b]), fs.names(new)))
+    found: dict[str, Any] = {}
+    for pair in (f"{old}-{new}" for old in KINDS for new in KINDS):
+        a, b = f"{pair}/old", f"{pair}/new"
+        found[pair] = err(renameat2, fs / a, fs / b, FLAGS[how]), look(fs, [a, b]), fs.names(pair)
     return found
 
 
@@ -313,8 +311,10 @@ def test_open_directory_keeps_working_after_its_move(fs: Place) -> None:
 def test_permission(fs: Place, uid: int) -> object:
     pairs = [
         ("f", "n"), ("f", "open/n"), ("open/f", "n"), ("open/f", "open/n1"), ("open/theirs", "open/n2"),
-        ("sticky/mine", "sticky/n1"), ("sticky/theirs", "open/n3"), ("open/mine", "sticky/theirs"), ("closed/f", "open/n4"),
-        ("open/mydir", "sticky/n5"), ("sticky/mydir", "open/n6"), ("sticky/theirdir", "open/n7"), ("noexec/f", "open/n8"),
+        ("sticky/mine", "sticky/n1"), ("sticky/theirs", "open/n3"), ("open/mine", "sticky/theirs"),
+        ("closed/f", "open/n4"),
+        ("open/mydir", "sticky/n5"), ("sticky/mydir", "open/n6"), ("sticky/theirdir", "open/n7"),
+        ("noexec/f", "open/n8"),
         ("open/n1", "closed/n"), ("e", "open/n9"), ("d", "open/n10"),
     ]  # fmt: skip
     return [
