@@ -175,7 +175,7 @@ class Trial:
 
     def before_arming(self, mnt: Path) -> None:
         """Something that is on disk for sure before the operation begins."""
-        with (mnt / "synced").open("xb") as f:
+        with (mnt / "synced").open("xb", buffering=0) as f:
             f.write(b"on disk")
             os.fsync(f.fileno())
         self.sync_path(mnt)
