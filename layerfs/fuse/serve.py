@@ -91,8 +91,8 @@ def _finish(upper: Upper | None) -> None:
         syncfs(upper.root.fd)
         if upper.volatile:
             upper.work.clear_volatile()
-    except OSError:
-        log.exception("the upper could not be synced")
+    except OSError as error:
+        log.error("the upper could not be synced: %s", error.strerror)
 
 
 def _prefix(config: StackConfig) -> str:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import os
 
-from layerfs.fdutil import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, OwnedFd, openat2
+from layerfs.fdutil import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, OwnedFd, fd_path, openat2
+from layerfs.overlay.names import XattrNames
 from layerfs.upper.work import WorkDir
 
 _PREFIX = "links."
@@ -47,7 +48,7 @@ def remove(work: WorkDir, journal: str) -> None:
     os.unlink(journal, dir_fd=work.state.fd)
 
 
-def recover(work: WorkDir, upper: OwnedFd) -> None:
+def recover(work: WorkDir, upper: OwnedFd, names: XattrNames) -> None:
     """Finishes every journalled copy-up. Called at mount, before the work directory is emptied. Raises
     OSError.
     """
@@ -55,11 +56,11 @@ def recover(work: WorkDir, upper: OwnedFd) -> None:
         if journal.startswith("." + _PREFIX):
             os.unlink(journal, dir_fd=work.state.fd)
         elif journal.startswith(_PREFIX):
-            _finish(work, upper, journal)
+            _finish(work, upper, journal, names)
             remove(work, journal)
 
 
-def _finish(work: WorkDir, upper: OwnedFd, journal: str) -> None:
+def _finish(work: WorkDir, upper: OwnedFd, journal: str, marks: XattrNames) -> None:
     with open(
         os.open(journal, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=work.state.fd), "rb"
     ) as file:
@@ -85,6 +86,13 @@ def _finish(work: WorkDir, upper: OwnedFd, journal: str) -> None:
                     resolve=RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS,
                 )
             )
+            before = os.fstat(parent.fd)
             os.link(temporary, name, src_dir_fd=work.fd.fd, dst_dir_fd=parent.fd, follow_symlinks=False)
+            # As the copy-up would have: the recorded number is looked for only in marked directories.
+            try:
+                os.setxattr(fd_path(parent.fd), marks.impure, b"y")
+            except PermissionError:
+                pass
+            os.utime(fd_path(parent.fd), ns=(before.st_atime_ns, before.st_mtime_ns))
         except (FileExistsError, FileNotFoundError):
             continue  # linked before the crash, or the work was done and the temporary is gone

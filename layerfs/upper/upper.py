@@ -57,7 +57,7 @@ class Upper:
         self.volatile = volatile
         self.work = WorkDir(work_path, layer.fd, layer.path)
         try:
-            journal.recover(self.work, self.root)
+            journal.recover(self.work, self.root, names)
             self.work.prepare(volatile)
             self.inode_log = InodeLog(self.work.state)
             self.ability = self._probe()
