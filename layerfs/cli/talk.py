@@ -9,8 +9,7 @@
 | 130  | interrupted; 143: ended by SIGTERM; nothing stays mounted              |
 | 141  | whoever read the output went away                                      |
 
-`mount.layerfs` speaks to mount(8) and uses its codes: 1 wrong usage, 2 system error, 4 bug, 8 interrupted, 32
-mount failed.
+`mount.layerfs` speaks to mount(8) and uses its codes: 1 wrong usage, 4 bug, 32 mount failed.
 """
 
 from __future__ import annotations
