@@ -1,0 +1,110 @@
+"""While something takes long, a thousand stats elsewhere are answered before it ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import Layerfs
+from tests.support.stack import Stack
+
+from .conftest import GIB, MIB, Doing, copies_under_way, elsewhere_in, eventually, in_fsync, real_data, thousand_stats
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("root")]
+
+
+def _open_for_writing(path: Path) -> None:
+    os.close(os.open(path, os.O_RDWR))
+
+
+def test_a_copy_up(make_stack: type[Stack], big: int, big_files: Callable[[int], Path]) -> None:
+    stack = make_stack()
+    stack.lowers = [big_files(big)]
+    with Layerfs(stack) as mount:
+        copy = Doing(lambda: _open_for_writing(mount.mnt / "big"))
+        assert eventually(lambda: copies_under_way(stack) or copy.ended)
+        assert not copy.ended, "the copy has not begun"
+        thousand_stats(mount.mnt)
+        assert not copy.ended, "the stats waited for the copy-up"
+        copy.result()
+        assert stack.upper is not None
+        assert (stack.upper / "big").stat().st_size == big
+
+
+def test_fifty_copy_ups(make_stack: type[Stack]) -> None:
+    stack = make_stack()
+    size, count = 24 * MIB, 50
+    for number in range(count):
+        real_data(stack.lowers[0] / f"file{number}", size)
+    elsewhere_in(stack.lowers[0])
+    with Layerfs(stack) as mount:
+
+        def one(number: int) -> Callable[[], None]:
+            return lambda: _open_for_writing(mount.mnt / f"file{number}")
+
+        copies = [Doing(one(number)) for number in range(count)]
+        assert eventually(lambda: copies_under_way(stack))
+        thousand_stats(mount.mnt)
+        assert not all(copy.ended for copy in copies), "the stats waited for the copy-ups"
+        for copy in copies:
+            copy.result()
+    assert stack.upper is not None
+    assert {(stack.upper / f"file{n}").stat().st_blocks * 512 >= size for n in range(count)} == {True}
+
+
+def test_an_fsync(make_stack: type[Stack], big: int) -> None:
+    stack = make_stack()
+    elsewhere_in(stack.lowers[0])
+    with Layerfs(stack) as mount:
+        fd = os.open(mount.mnt / "dirty", os.O_RDWR | os.O_CREAT)
+        block = os.urandom(MIB)
+        for _ in range(min(big, 2 * GIB) // MIB):
+            os.write(fd, block)
+        sync = Doing(lambda: os.fsync(fd))
+        assert eventually(lambda: in_fsync(mount) or sync.ended)
+        if sync.ended:
+            pytest.skip("the disk is too fast: the fsync was over before it could be seen")
+        thousand_stats(mount.mnt)
+        assert not sync.ended, "the stats waited for the fsync"
+        sync.result()
+        os.close(fd)
+
+
+@pytest.fixture(scope="module")
+def hundred_thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    layer = tmp_path_factory.mktemp("many")
+    (layer / "many").mkdir()
+    fd = os.open(layer / "many", os.O_RDONLY)
+    for number in range(100_000):
+        os.mknod(f"name{number:06}", 0o100644, dir_fd=fd)
+    os.close(fd)
+    elsewhere_in(layer)
+    return layer
+
+
+@pytest.mark.parametrize("how", ["list", "first lookup"])
+def test_a_listing(make_stack: type[Stack], hundred_thousand: Path, how: str) -> None:
+    stack = make_stack()
+    stack.lowers = [hundred_thousand]
+    with Layerfs(stack) as mount:
+
+        def look() -> int:
+            if how == "list":
+                return len(os.listdir(mount.mnt / "many"))
+            return 100_000 if os.path.exists(mount.mnt / "many" / "name099999") else 0
+
+        if how == "first lookup":
+            # The first touch merges all names, too; it is quick, so what is asserted is only that both end.
+            first = Doing(look)
+            thousand_stats(mount.mnt)
+            assert first.result() == 100_000
+            return
+        with os.scandir(mount.mnt / "many") as entries:
+            next(entries)
+            rest = Doing(lambda: sum(1 for _ in entries))
+            thousand_stats(mount.mnt)
+            assert not rest.ended, "the stats waited for the listing"
+            assert rest.result() == 99_999
