@@ -4,7 +4,9 @@ Who does what:
     tree        nodes, loading of directories, numbers, attributes (reads only)
     copyup      bringing objects into the upper, once, whoever asks
     links       all names of a hard-linked lower file
-    namespace   create, link, unlink, rename
+    names       what every change of names needs
+    namespace   create, link, unlink
+    rename      rename
     files       handles, data
     attributes  setattr, xattrs
 

@@ -23,8 +23,10 @@ from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.files import DirectoryHandle, Files, Handle
 from layerfs.vfs.links import LinkIndex
+from layerfs.vfs.names import Names
 from layerfs.vfs.namespace import Namespace, New
 from layerfs.vfs.node import Node
+from layerfs.vfs.rename import Rename
 from layerfs.vfs.tree import Attributes, Tree, fail
 
 __all__ = ["Attributes", "Caller", "Change", "DirectoryHandle", "Handle", "New", "Vfs"]
@@ -34,9 +36,11 @@ __all__ = ["Attributes", "Caller", "Change", "DirectoryHandle", "Handle", "New",
 class _Writing:
     """The parts that only a writable mount has."""
 
-    names: Namespace
-    attributes: AttributeChanges
+    upper: Upper
     copyup: CopyUp
+    names: Namespace
+    rename: Rename
+    attributes: AttributeChanges
 
 
 class Vfs:
@@ -60,8 +64,14 @@ class Vfs:
         copyup = None
         if upper is not None:
             copyup = CopyUp(self.tree, upper, links, nursery, metacopy=metacopy and redirect_dir)
-            names = Namespace(self.tree, upper, copyup, redirect_dir=redirect_dir)
-            self._writing = _Writing(names, AttributeChanges(self.tree, upper, copyup), copyup)
+            names = Names(self.tree, upper, copyup)
+            self._writing = _Writing(
+                upper,
+                copyup,
+                Namespace(names),
+                Rename(names, redirect_dir=redirect_dir),
+                AttributeChanges(self.tree, upper, copyup),
+            )
         self.files = Files(self.tree, upper, copyup)
 
     def _write(self) -> _Writing:
@@ -73,7 +83,7 @@ class Vfs:
         """Before the first request. Raises OSError."""
         if self._writing is not None:
             writing = self._writing
-            await kernel_index.adopt(self.tree, writing.names.upper, writing.copyup, writing.copyup.links)
+            await kernel_index.adopt(self.tree, writing.upper, writing.copyup, writing.copyup.links)
 
     def give_up(self) -> None:
         """The mount is going: nothing that takes long is waited for."""
@@ -171,7 +181,7 @@ class Vfs:
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, caller: Caller
     ) -> None:
-        await self._write().names.rename(
+        await self._write().rename.rename(
             self.tree.directory(parent), name, self.tree.directory(new_parent), new_name, flags, caller
         )
 

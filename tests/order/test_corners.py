@@ -296,7 +296,8 @@ _GROWING = {
     "layerfs.upper.upper": ("os.mknod", "os.link", "os.setxattr", "os.open", "os.rename", "renameat2", "lsetxattr"),
     "layerfs.upper.journal": ("os.open", "os.write", "os.rename"),
     "layerfs.vfs.copyup": ("os.link",),
-    "layerfs.vfs.namespace": ("os.mkdir", "os.symlink", "os.mknod", "os.link", "os.rename", "renameat2", "os.setxattr"),
+    "layerfs.vfs.namespace": ("os.mkdir", "os.symlink", "os.mknod", "os.link", "os.setxattr"),
+    "layerfs.vfs.rename": ("os.rename", "renameat2"),
 }
 
 
