@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ import pytest
 from tests.support.mounts import Layerfs
 from tests.support.stack import Stack, scratch_root
 
+from .valve import Valve
+
 MIB = 1 << 20
 GIB = 1 << 30
 #: What nobody ever waits for: reaching it means that something hangs.
@@ -27,6 +30,19 @@ PATIENCE = 120.0
 def big(request: pytest.FixtureRequest) -> int:
     """Bytes of a big file."""
     return int(request.param) * GIB
+
+
+@pytest.fixture
+def valve(root: None, stack: Stack) -> Iterator[Valve]:
+    """A disk that can be stopped."""
+    base = stack.dir / "slow"
+    base.mkdir()
+    try:
+        made = Valve(base)
+    except (OSError, subprocess.SubprocessError, AssertionError) as error:
+        pytest.skip(f"no loop device on a FUSE file here: {error}")
+    yield made
+    made.close()
 
 
 def eventually(true: Callable[[], object], patience: float = PATIENCE) -> bool:

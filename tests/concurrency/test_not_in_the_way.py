@@ -11,7 +11,8 @@ import pytest
 from tests.support.mounts import Layerfs
 from tests.support.stack import Stack
 
-from .conftest import GIB, MIB, Doing, copies_under_way, elsewhere_in, eventually, in_fsync, real_data, thousand_stats
+from .conftest import MIB, Doing, copies_under_way, elsewhere_in, eventually, in_fsync, real_data, thousand_stats
+from .valve import Valve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("root")]
 
@@ -55,22 +56,45 @@ def test_fifty_copy_ups(make_stack: type[Stack]) -> None:
     assert {(stack.upper / f"file{n}").stat().st_blocks * 512 >= size for n in range(count)} == {True}
 
 
-def test_an_fsync(make_stack: type[Stack], big: int) -> None:
-    stack = make_stack()
-    elsewhere_in(stack.lowers[0])
+def test_an_fsync(make_stack: type[Stack], valve: Valve) -> None:
+    """On a disk that stands still until the stats are through."""
+    stack = make_stack(valve.dir)
+    lower = make_stack()
+    stack.lowers = lower.lowers
+    elsewhere_in(lower.lowers[0])
     with Layerfs(stack) as mount:
-        fd = os.open(mount.mnt / "dirty", os.O_RDWR | os.O_CREAT)
-        block = os.urandom(MIB)
-        for _ in range(min(big, 2 * GIB) // MIB):
-            os.write(fd, block)
-        sync = Doing(lambda: os.fsync(fd))
-        assert eventually(lambda: in_fsync(mount) or sync.ended)
-        if sync.ended:
-            pytest.skip("the disk is too fast: the fsync was over before it could be seen")
-        thousand_stats(mount.mnt)
-        assert not sync.ended, "the stats waited for the fsync"
-        sync.result()
-        os.close(fd)
+        with open(mount.mnt / "dirty", "wb", buffering=0) as file:
+            block = os.urandom(MIB)
+            for _ in range(64):
+                file.write(block)
+            valve.shut()
+            sync = Doing(lambda: os.fsync(file.fileno()))
+            try:
+                assert eventually(lambda: in_fsync(mount) or sync.ended)
+                thousand_stats(mount.mnt)
+                assert not sync.ended
+            finally:
+                valve.open()
+            sync.result()
+
+
+def test_a_copy_up_on_a_disk_that_stands_still(make_stack: type[Stack], valve: Valve) -> None:
+    stack = make_stack(valve.dir)
+    lower = make_stack()
+    stack.lowers = lower.lowers
+    elsewhere_in(lower.lowers[0])
+    real_data(lower.lowers[0] / "file", 32 * MIB)
+    with Layerfs(stack) as mount:
+        valve.shut()
+        copies = [Doing(lambda: _open_for_writing(mount.mnt / "file")) for _ in range(3)]
+        try:
+            assert eventually(lambda: in_fsync(mount) or any(copy.ended for copy in copies))
+            thousand_stats(mount.mnt)
+            assert not any(copy.ended for copy in copies)
+        finally:
+            valve.open()
+        for copy in copies:
+            copy.result()
 
 
 @pytest.fixture(scope="module")
