@@ -75,10 +75,12 @@ async def _main(
 async def _end_on_signal(operations: Operations, task_status: trio.TaskStatus[None]) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
-        async for _ in signals:
-            operations.vfs.give_up()
-            pyfuse3.terminate()
-            return
+        ending = False
+        async for _ in signals:  # until the mount is gone: a second signal must not cut the sync short
+            if not ending:
+                ending = True
+                operations.vfs.give_up()
+                pyfuse3.terminate()
 
 
 def _finish(upper: Upper | None) -> None:
@@ -122,7 +124,7 @@ def _describer(
             "pid": os.getpid(),
             "version": layerfs.__version__,
             "upper": stack.upper.path if stack.upper is not None else None,
-            "work": os.path.abspath(upper.work.path) if upper is not None else None,
+            "work": os.path.realpath(upper.work.path) if upper is not None else None,
             "lowers": len(stack.lowers),
             "volatile": config.volatile,
             "xattr_prefix": prefix,

@@ -45,7 +45,8 @@ class Layer:
             self.fd = OwnedFd(_open_lower(path) if index >= 0 else _open_upper(path))
         except OSError as error:
             raise LayerError(f"{path}: {error.strerror}", error.errno) from error
-        self.path = os.path.abspath(path)
+        # Said to others (`layerfs.lower.N`): by the kernel, as `link/..` is not what the text says.
+        self.path = os.path.realpath(path)
         self.index = index
         self.number = number
         self.root = LowerDir(self, b"", None)
