@@ -7,7 +7,8 @@
     └── LayerError          exit 1   a layer's content is unusable
         └── TarError        exit 1   a layer tarball is malformed or hostile
 
-Inside the file system itself an operation that fails raises plain `OSError` with the errno the caller gets; the adapter passes it on.
+Inside the file system itself an operation that fails raises plain `OSError` with the errno the caller gets;
+the adapter passes it on.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NewType
 
-#: What the kernel calls a node by. Over pyfuse3 it equals the shown inode number (pyfuse3 has one field for both).
+#: What the kernel calls a node by. Over pyfuse3 it equals the shown inode number (pyfuse3 has one field for
+#: both).
 NodeId = NewType("NodeId", int)
 #: The inode number that stat shows.
 Ino = NewType("Ino", int)

@@ -16,6 +16,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from layerfs.vfs.vfs import Attributes, Caller, Change, New, Vfs
@@ -27,6 +28,8 @@ FOR_EVER = 1e8
 #: Node ids of names that can be listed but not looked up: no node has them, and a FORGET of them is passed
 #: over.
 _NOBODY = 3 << 62
+#: Names of a listing that are answered before others get their turn.
+_TURN = 16
 
 _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
 
@@ -155,6 +158,11 @@ class Operations(pyfuse3.Operations):
             elif not await self._reply_name(handle.node.id, names[offset - 2], offset + 1, token):
                 return
             offset += 1
+            if offset % _TURN == 0:
+                # A whole reply is some 200 names and several milliseconds, and the next request for names is
+                # there at once: without this, short requests elsewhere would get one turn between two of
+                # them.
+                await trio.lowlevel.checkpoint()
 
     async def _reply_dot(self, id: int, parent: Any, offset: int, token: pyfuse3.ReaddirToken) -> bool:
         """`.` and `..`, for which the kernel counts no lookup (fs/fuse/readdir.c fuse_direntplus_link)."""

@@ -288,7 +288,7 @@ class _Applier:
         self._tally = _Tally()
         self._result = Applied()
         # No member can have this name: it would be taken for AUFS's.
-        self._temporary = b".wh..wh.layerfs-" + secrets.token_hex(6).encode()
+        self._temporary = b".layerfs-apply-" + secrets.token_hex(12).encode()
         self._made_up = made_up_time() * 1_000_000_000 if os.environ.get("SOURCE_DATE_EPOCH") else None
 
     def close(self) -> None:

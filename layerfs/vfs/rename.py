@@ -218,6 +218,7 @@ class Rename:
         over_device = new_name in target_merged.devices
         lower_at_target = target_merged.hides(new_name) or (target is not None and target.entry.lower)
         self._mark_moving(source, old_fd, lower_at_target)
+        self._mark_parent(source, new_parent, new_fd)
         pin: OwnedFd | None = None
         target_in_upper = target is not None and target.entry.home is None
         if target is not None and target_in_upper:
@@ -261,6 +262,8 @@ class Rename:
         one_lower, two_lower = one.entry.lower, two.entry.lower
         self._mark_moving(one, one_fd, two_lower)
         self._mark_moving(two, two_fd, one_lower)
+        self._mark_parent(one, two.parent, two_fd)
+        self._mark_parent(two, one.parent, one_fd)
         if self.upper.ability.whiteouts == "file":
             # Files beside a `.wh.` of their own name hide their lowers, whatever lies there after the
             # exchange.
@@ -295,6 +298,12 @@ class Rename:
             self.upper.set_redirect(directory.fd, place.name, self._data_path(node, name))
             step("rename.marked")
 
+    def _mark_parent(self, place: _Place, parent: Directory, fd: OwnedFd) -> None:
+        """Before something moves, as this may find no room; one mark too many does no harm."""
+        if self.names.has_origin(place.node):
+            self.upper.set_impure(fd)
+            parent.impure = True
+
     def _data_path(self, node: File, name: bytes) -> bytes:
         """Path, in the tree of the lowers, of the file whose data a metadata-only file shows."""
         kept = self.upper.get_redirect(*self._directory_and_name(node))
@@ -319,8 +328,5 @@ class Rename:
         self.tree.add_name(node, parent, name)
         if isinstance(node, Directory):
             self.tree.moves += 1
-        if self.names.has_origin(node):
-            self.upper.set_impure(self.tree.upper_fd(parent))
-            parent.impure = True
         for changed in (node, place.parent, parent):
             self.tree.changed(changed)
