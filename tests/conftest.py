@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -24,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--shared-mounts",
         action="store_true",
         help="mount in the caller's mount namespace, to look at the mounts from outside",
+    )
+    parser.addoption(
+        "--drop-caches",
+        action="store_true",
+        help="have the kernel drop dentries, inodes and pages all the time: names must not get lost",
     )
     parser.addoption("--keep-stacks", action="store_true", help="do not delete the directories of the tests")
 
@@ -65,6 +71,24 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if left := mounts.sweep():
         print("\nLEFT OVER after the last test:\n  " + "\n  ".join(left))
         session.exitstatus = 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _drop_caches(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A process of its own that drops the kernel's caches ten times a second, when --drop-caches asks for
+    it."""
+    if not request.config.getoption("--drop-caches"):
+        yield
+        return
+    loop = "while kill -0 $PPID 2>/dev/null; do echo 3 > /proc/sys/vm/drop_caches; sleep 0.1; done"
+    env = {k: v for k, v in os.environ.items() if k != mounts.SESSION_MARK}  # it is meant to stay
+    dropper = subprocess.Popen(["sh", "-c", loop], env=env)
+    try:
+        yield
+        assert dropper.poll() is None, "cannot write /proc/sys/vm/drop_caches"
+    finally:
+        dropper.kill()
+        dropper.wait()
 
 
 @pytest.fixture(autouse=True)

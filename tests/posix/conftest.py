@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             and str(item.path).startswith(here)
             and hasattr(item, "callspec")
         ):
-            system = item.callspec.params.get("mounted")
+            system = str(item.callspec.params.get("mounted", ""))
             if system and (reason := known.reason(item.name, system)):
                 item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
 

@@ -91,7 +91,7 @@ class Place:
     def __truediv__(self, name: str) -> str:
         return f"{self.path}/{name}"
 
-    def bytes(self, name: bytes) -> bytes:
+    def raw(self, name: bytes) -> bytes:
         return os.fsencode(self.path) + b"/" + name
 
     def read(self, name: str) -> bytes:

@@ -142,7 +142,7 @@ def test_a_new_object_never_takes_a_living_number(fs: Place) -> None:
 
 @compared
 def test_link_counts(fs: Place) -> object:
-    found = [fs.stat("h1").st_nlink]
+    found = [[fs.stat("h1").st_nlink]]
     os.link(fs / "h1", fs / "h3")
     found.append([fs.stat(n).st_nlink for n in ("h1", "h2", "h3")])
     os.unlink(fs / "h1")

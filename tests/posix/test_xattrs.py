@@ -230,7 +230,7 @@ def test_names_like_the_overlays_own_are_ordinary(fs: Place, name: str, attr: st
     """Through the mount they neither steer the mount nor vanish: they are escaped (kernel:
     trusted.overlay.overlay.X)."""
     full = f"trusted.overlay.{attr}"
-    found = [err(os.getxattr, fs / name, full), err(os.setxattr, fs / name, full, b"y")]
+    found: list[object] = [err(os.getxattr, fs / name, full), err(os.setxattr, fs / name, full, b"y")]
     found += [xattrs(fs / name), err(os.getxattr, fs / name, full)]
     os.chmod(fs / name, 0o700)
     found += [xattrs(fs / name), fs.names("d"), fs.read("f")]
