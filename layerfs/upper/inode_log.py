@@ -24,15 +24,30 @@ class InodeLog:
 
     def _load(self) -> None:
         try:
-            fd = OwnedFd(os.open(_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._state.fd))
+            fd = os.open(_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._state.fd)
         except FileNotFoundError:
             return
-        with open(fd.fd, "rb", closefd=False) as log:
+        lines = 0
+        with open(fd, "rb") as log:
             for line in log:
+                lines += 1
                 fields = line.split()
                 if not line.endswith(b"\n") or len(fields) != 3 or not (fields[1] + fields[2]).isdigit():
                     continue
                 self._numbers[int(fields[1])] = (fields[0], int(fields[2]))
+        if lines != len(self._numbers):
+            self._compact()
+
+    def _compact(self) -> None:
+        """Rewrites the log without torn and outdated lines: a temporary file, renamed."""
+        draft = _NAME + b".new"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        with open(os.open(draft, flags, 0o600, dir_fd=self._state.fd), "wb") as log:
+            for real, (key, ino) in self._numbers.items():
+                log.write(b"%b %d %d\n" % (key, real, ino))
+            log.flush()
+            os.fsync(log.fileno())
+        os.rename(draft, _NAME, src_dir_fd=self._state.fd, dst_dir_fd=self._state.fd)
 
     def __bool__(self) -> bool:
         return bool(self._numbers)
