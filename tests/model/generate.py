@@ -92,8 +92,8 @@ class Sketch:
         return path
 
 
-def draw_layers(rng: random.Random, dialect: str) -> tuple[list[list[Item]], Sketch]:
-    """Layers, top first, and what they look like merged."""
+def draw_layers(rng: random.Random, dialect: str, links: bool = True) -> tuple[list[list[Item]], Sketch]:
+    """Layers, top first, with or without hard links in them, and what they look like merged."""
     sketch = Sketch(rng)
     stack: list[list[Item]] = []
     for index in range(rng.choice((1, 2, 2, 3, 3, 4))):
@@ -101,7 +101,7 @@ def draw_layers(rng: random.Random, dialect: str) -> tuple[list[list[Item]], Ske
         taken: set[str] = set()
         for _ in range(ITEMS[index]):
             item = _draw_item(rng, dialect, index, own, sketch)
-            if item.path in taken:
+            if item.path in taken or (item.kind == "link" and not links):
                 continue
             taken.add(item.path)
             own.append(item)
@@ -323,9 +323,9 @@ def draw_ops(rng: random.Random, sketch: Sketch, count: int) -> list[Op]:
     return [source.draw() for _ in range(count)]
 
 
-def draw_case(seed: int, dialect: str, count: int) -> Case:
+def draw_case(seed: int, dialect: str, count: int, links: bool = True) -> Case:
     rng = random.Random(seed)
-    stack, sketch = draw_layers(rng, dialect)
+    stack, sketch = draw_layers(rng, dialect, links)
     return Case(tuple(map(tuple, stack)), tuple(draw_ops(rng, sketch, count)))
 
 
@@ -333,12 +333,14 @@ _keep = st.sampled_from((False, *[True] * 31))
 
 
 @st.composite
-def cases(draw: st.DrawFn, dialect: str, count: int = 4, ops: int = 30) -> tuple[Case, ...]:
+def cases(
+    draw: st.DrawFn, dialect: str, count: int = 4, ops: int = 30, links: bool = True
+) -> tuple[Case, ...]:
     """`count` independent cases, shortened by leaving items, operations, layers and cases out."""
     seed = draw(st.integers(0, 1 << 48))
     made = []
     for number in range(count):
-        whole = draw_case(seed * count + number, dialect, ops)
+        whole = draw_case(seed * count + number, dialect, ops, links)
         if not draw(_keep):
             continue
         stack = [tuple(item for item in layer if draw(_keep)) for layer in whole.layers if draw(_keep)]

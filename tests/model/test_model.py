@@ -112,12 +112,23 @@ def test_like_a_plain_directory_while_caches_are_dropped(
 
 
 @pytest.mark.usefixtures("kernel_overlay")
-@pytest.mark.parametrize("options", [KERNEL_INDEXED, PLAINEST])
-@budget(12)
-@given(cases=generate.cases("kernel"), more=st.tuples(*[generate.more_ops(16)] * 4))
+@budget(15)
+@given(cases=generate.cases("kernel", ops=20), more=st.tuples(*[generate.more_ops(16)] * 4))
 def test_goes_on_where_the_kernel_stopped(
-    ext4: Path, options: str, cases: tuple[machine.Case, ...], more: tuple[tuple[ops.Op, ...], ...]
+    ext4: Path, cases: tuple[machine.Case, ...], more: tuple[tuple[ops.Op, ...], ...]
 ) -> None:
     with example(cases, ext4) as ex:
         then = dict(zip(map(id, cases), more, strict=False))
-        machine.after_kernel(ex, Layerfs, options, lambda case: then[id(case)])
+        machine.after_kernel(ex, Layerfs, KERNEL_INDEXED, lambda case: then[id(case)])
+
+
+@pytest.mark.usefixtures("kernel_overlay")
+@budget(10)
+@given(cases=generate.cases("kernel", ops=20, links=False), more=st.tuples(*[generate.more_ops(16)] * 4))
+def test_goes_on_where_the_kernel_without_index_stopped(
+    ext4: Path, cases: tuple[machine.Case, ...], more: tuple[tuple[ops.Op, ...], ...]
+) -> None:
+    """Without hard links in the lowers: without the index the kernel parts them."""
+    with example(cases, ext4) as ex:
+        then = dict(zip(map(id, cases), more, strict=False))
+        machine.after_kernel(ex, Layerfs, KERNEL, lambda case: then[id(case)])
