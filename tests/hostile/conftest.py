@@ -47,8 +47,11 @@ def names(path: Path | str) -> list[str] | str:
 
 def content(path: Path | str) -> bytes | str:
     try:
-        with open(path, "rb") as file:
-            return file.read(1 << 16)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it may have become a fifo
+        try:
+            return os.read(fd, 1 << 16)
+        finally:
+            os.close(fd)
     except OSError as error:
         return errno.errorcode.get(error.errno or 0, str(error.errno))
 

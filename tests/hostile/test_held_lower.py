@@ -74,7 +74,7 @@ WRITERS: dict[str, str] = {
         "fd = os.open(p[0] + '.moved', os.O_WRONLY); os.pwrite(fd, b'MOVED', 0)"
     ),
     "chmod": "os.chmod(p[0], 0o4711)",
-    "chmod, then write": "os.chmod(p[0], 0o640)\nfd = os.open(p[0], os.O_WRONLY); os.pwrite(fd, b'AFTER', 100)",
+    "chmod, then write": "os.chmod(p[0], 0o640)\nfd = os.open(p[0], 1); os.pwrite(fd, b'AFTER', 100)",
     "chown and times": "os.chown(p[0], 5, 6); os.utime(p[0], (1, 2))",
     "xattr": "os.setxattr(p[0], 'user.new', b'value')",
     "link and write": (
@@ -311,7 +311,7 @@ def test_mapped_by_a_process_that_outlives_the_descriptor(places: dict[str, Path
 
 
 def test_running_program(root: None, make_stack: type[Stack]) -> None:
-    """A lower binary that runs cannot be written (ETXTBSY), only replaced; one open for writing cannot run."""
+    """A lower binary that runs cannot be written (ETXTBSY); one that is open for writing cannot run."""
     stack, plain = make_stack(), make_stack()
     sleep = shutil.which("sleep")
     assert sleep
