@@ -110,7 +110,7 @@ def test_three_at_once(place: Place, name: str, three: tuple[str, str]) -> None:
     ids=["unlink", "rename", "over", "create", "write", "chmod", "rmdir"],
 )
 def test_listing(place: Place, change: Program) -> None:
-    check(place, [listing("d"), change], prepare=[cold], limit=15, at_random=4)
+    check(place, [listing("d", "low", "metal", "new", "sub", "up", "void"), change], prepare=[cold], limit=15, at_random=4)
 
 
 # -- no redirects: a directory moves only when all of it is in the upper ---------------------------------------

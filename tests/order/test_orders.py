@@ -69,9 +69,9 @@ def look_twice(name: str, other: str) -> Program:
     return program
 
 
-def listing(directory: str = "e") -> Program:
+def listing(directory: str, *only: str) -> Program:
     async def program(steps: Steps) -> None:
-        await steps.list(IDS[directory])
+        await steps.list(IDS[directory], only)
 
     return program
 
