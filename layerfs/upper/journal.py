@@ -70,12 +70,12 @@ def _finish(work: WorkDir, upper: OwnedFd, journal: str, marks: XattrNames) -> N
             names = [
                 (directory.encode("latin-1"), name.encode("latin-1")) for directory, name in record["names"]
             ]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return  # written by nobody who finished writing: there is nothing it promised
     if not temporary.startswith(b"#") or b"/" in temporary:
         return
     for directory, name in names:
-        if b"/" in name or name in (b"", b".", b".."):
+        if b"/" in name or b"\0" in name + directory or name in (b"", b".", b".."):
             continue
         try:
             parent = OwnedFd(

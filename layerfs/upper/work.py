@@ -23,6 +23,9 @@ LOCK_NAME = "layerfs.lock"
 #: The kernel's mark (fs/overlayfs/super.c `ovl_create_volatile_dirs`): seen from the work directory. Who
 #: mounts looks for it first (`vfs.checks`).
 VOLATILE_MARK = "work/incompat/volatile"
+#: Prefix of directories that are being removed; read as a whiteout of an impossible name if a crash leaves
+#: one.
+_ASIDE = b".wh..wh.removed-"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -85,21 +88,38 @@ class WorkDir:
 
 def remove_tree(parent: int, name: bytes) -> None:
     """Removes `name` in `parent` with all below it; never follows a link, never leaves the tree. Missing is
-    fine. Raises OSError.
-    """
+    fine.
+
+    Trees may be deeper than Python's stack or PATH_MAX: directories are first moved up beside `name`, under
+    names that no view shows. Raises OSError."""
+    todo = [name]
+    moved = 0
+    while todo:
+        here = todo.pop()
+        try:
+            st = os.stat(here, dir_fd=parent, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISDIR(st.st_mode):
+            os.unlink(here, dir_fd=parent)
+            continue
+        directory = _open_to_empty(parent, here)
+        for item in os.listdir(directory.fd):
+            child = os.fsencode(item)
+            try:
+                os.unlink(child, dir_fd=directory.fd)
+            except IsADirectoryError:
+                moved += 1
+                aside = _ASIDE + b"%d" % moved
+                os.rename(child, aside, src_dir_fd=directory.fd, dst_dir_fd=parent)
+                todo.append(aside)
+        os.rmdir(here, dir_fd=parent)
+
+
+def _open_to_empty(parent: int, name: bytes) -> OwnedFd:
     try:
-        st = os.stat(name, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISDIR(st.st_mode):
-        os.unlink(name, dir_fd=parent)
-        return
-    try:
-        directory = OwnedFd(os.open(name, _DIRECTORY, dir_fd=parent))
+        return OwnedFd(os.open(name, _DIRECTORY, dir_fd=parent))
     except PermissionError:
         # Only when need be: somebody may have it open and look at its mode.
         os.chmod(b"/proc/self/fd/%d/%b" % (parent, name), 0o700)
-        directory = OwnedFd(os.open(name, _DIRECTORY, dir_fd=parent))
-    for child in os.listdir(directory.fd):
-        remove_tree(directory.fd, os.fsencode(child))
-    os.rmdir(name, dir_fd=parent)
+        return OwnedFd(os.open(name, _DIRECTORY, dir_fd=parent))

@@ -80,6 +80,8 @@ class Attributes:
     def _cut(self, node: Node, target: OwnedFd, size: int) -> None:
         """truncate(2); takes setuid away as a write does."""
         mode = os.fstat(target.fd).st_mode
+        if not stat.S_ISREG(mode):
+            fail(errno.EIO)  # replaced from outside; opening a fifo would block
         kept = without_setid(mode)
         writer = OwnedFd(self._open_for_writing(node, target))
         os.ftruncate(writer.fd, size)

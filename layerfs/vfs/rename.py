@@ -146,38 +146,46 @@ class Rename:
         await self._whole(node, caller)
         return False
 
-    async def _whole(self, directory: Directory, caller: Caller) -> None:
+    async def _whole(self, top: Directory, caller: Caller) -> None:
         """Without redirects a directory can only move when all of it is in the upper: copies what is not,
-        then cuts it off its lowers (`directory.lowers` is empty then). When somebody changes things meanwhile
-        it may leave it undone; the caller tries again. A crash in between leaves copies, no change to be
-        seen.
+        then cuts it off its lowers (`top.lowers` is empty then). When somebody changes things meanwhile it
+        may leave it undone; the caller tries again. A crash in between leaves copies, no change to be seen.
         """
-        directory.users += 1
+        parents_first: list[Directory] = []
+        todo = [top]
+        top.users += 1
         try:
-            merged = await self.tree.load(directory)
-            for name, entry in list(merged.names.items()):
-                if not merged_is(directory, name, entry):
-                    return
-                child = self.tree.child(directory, name, entry)
-                child.users += 1
-                try:
-                    if isinstance(child, Directory):
-                        if child.lowers:
-                            await self._whole(child, caller)
-                        else:
-                            self.copyup.directory(child)
-                    elif isinstance(child, File) and (not child.in_upper or self.tree.is_metacopy(child)):
-                        await self.copyup.data(child, caller)
-                finally:
-                    child.users -= 1
-                    self.tree.release(child)
-            if directory.parent is not None and all(
-                self._is_whole(directory, name, entry) for name, entry in merged.names.items()
-            ):
-                self._cut_off(directory, directory.parent)
+            while todo:
+                directory = todo.pop()
+                parents_first.append(directory)
+                merged = await self.tree.load(directory)
+                for name, entry in list(merged.names.items()):
+                    if merged_is(directory, name, entry):
+                        await self._copy_child(self.tree.child(directory, name, entry), todo, caller)
+            for directory in reversed(parents_first):
+                merged = self.names.merged(directory)
+                whole = all(self._is_whole(directory, name, entry) for name, entry in merged.names.items())
+                if directory.parent is not None and whole:
+                    self._cut_off(directory, directory.parent)
         finally:
-            directory.users -= 1
-            self.tree.release(directory)
+            for directory in (*todo, *reversed(parents_first)):
+                directory.users -= 1
+                self.tree.release(directory)
+
+    async def _copy_child(self, child: Node, todo: list[Directory], caller: Caller) -> None:
+        """Copies a file; puts off a directory that merges, held by its `users`."""
+        child.users += 1
+        if isinstance(child, Directory) and child.lowers:
+            todo.append(child)
+            return
+        try:
+            if isinstance(child, Directory):
+                self.copyup.directory(child)
+            elif isinstance(child, File) and (not child.in_upper or self.tree.is_metacopy(child)):
+                await self.copyup.data(child, caller)
+        finally:
+            child.users -= 1
+            self.tree.release(child)
 
     def _is_whole(self, directory: Directory, name: bytes, entry: Entry) -> bool:
         if entry.home is not None:
