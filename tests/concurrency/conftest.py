@@ -64,7 +64,9 @@ def real_data(path: Path, size: int) -> None:
 
 @pytest.fixture(scope="session")
 def big_files() -> Iterator[Callable[[int], Path]]:
-    """`big_files(size)`: a directory, to be a lower layer, with `big` of that size and `elsewhere/0…999`. Made once."""
+    """`big_files(size)`: a directory, to be a lower layer, with `big` of that size and `elsewhere/0…999`.
+    Made once.
+    """
     made: dict[int, Path] = {}
 
     def get(size: int) -> Path:

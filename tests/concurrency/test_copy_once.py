@@ -1,4 +1,6 @@
-"""One copy-up for all who want it; who waits can be interrupted and killed; a copy that nobody wants is given up and leaves nothing."""
+"""One copy-up for all who want it; who waits can be interrupted and killed; a copy that nobody wants is given
+up and leaves nothing.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,9 @@ def test_a_copy_that_nobody_wants_leaves_nothing(big_stack: Stack, how: signal.S
         os.kill(opener.process.pid, how)
         opener.process.wait(PATIENCE)
         assert opener.answer() == ("" if how == signal.SIGKILL else str(errno.EINTR))
-        assert eventually(lambda: not os.listdir(f"{big_stack.work}/work")), os.listdir(f"{big_stack.work}/work")
+        assert eventually(lambda: not os.listdir(f"{big_stack.work}/work")), os.listdir(
+            f"{big_stack.work}/work"
+        )
         assert big_stack.upper is not None
         assert os.listdir(big_stack.upper) == []
         # And it can be copied after all.

@@ -1,4 +1,6 @@
-"""Directories of very many names: nothing is lost, nothing is quadratic, nothing is kept that the kernel has forgotten."""
+"""Directories of very many names: nothing is lost, nothing is quadratic, nothing is kept that the kernel has
+forgotten.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from .conftest import eventually
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-# -- listing while removing ------------------------------------------------------------------------------------
+# -- listing while removing ------------------------------------------------------------------------
 
 
 def _fill(directory: Path, count: int) -> None:
@@ -72,11 +74,13 @@ def test_every_name_is_listed_once_while_others_come_and_go(root: None, stack: S
         assert sum(1 for name in os.listdir(directory) if not name.startswith("new")) == 10_000
 
 
-# -- linear ----------------------------------------------------------------------------------------------------
+# -- linear ----------------------------------------------------------------------------------------
 
 
 class _Calls:
-    """Counts calls of functions, Python's and C's: system calls, dict operations, all that is done one at a time."""
+    """Counts calls of functions, Python's and C's: system calls, dict operations, all that is done one at
+    a time.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -94,7 +98,9 @@ class _Calls:
 
 
 async def _life_of(count: int, lower: Path, upper: Path, work: Path) -> dict[str, int]:
-    """Calls needed to create, list, stat and remove `count` files, and to list and remove as many of a lower layer."""
+    """Calls needed to create, list, stat and remove `count` files, and to list and remove as many of a
+    lower layer.
+    """
     names = XattrNames(TRUSTED if os.geteuid() == 0 else USER)
     stack = Layers([str(lower)], str(upper), names)
     assert stack.upper is not None
@@ -189,7 +195,7 @@ def test_a_hundred_thousand(root: None, stack: Stack) -> None:
         assert os.listdir(mount.mnt) == []
 
 
-# -- memory ----------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def _resident(mount: Layerfs) -> int:
@@ -199,13 +205,17 @@ def _resident(mount: Layerfs) -> int:
 
 
 def test_memory_comes_back(root: None, stack: Stack) -> None:
-    """Walking a tree again and again, with the kernel forgetting it in between, ends where it was after the first times."""
+    """Walking a tree again and again, with the kernel forgetting it in between, ends where it was after
+    the first times.
+    """
     for number in range(40):
         _fill(stack.lowers[0] / f"d{number}", 500)
     with Layerfs(stack) as mount:
         sizes = []
         for _ in range(6):
-            found = subprocess.run(["find", mount.mnt, "-ls"], capture_output=True, text=True, timeout=300, check=True)
+            found = subprocess.run(
+                ["find", mount.mnt, "-ls"], capture_output=True, text=True, timeout=300, check=True
+            )
             assert found.stdout.count("\n") == 40 * 501 + 1
             Path("/proc/sys/vm/drop_caches").write_text("2")
             assert eventually(lambda: os.stat(mount.mnt))

@@ -11,7 +11,16 @@ import pytest
 from tests.support.mounts import Layerfs
 from tests.support.stack import Stack
 
-from .conftest import MIB, Doing, copies_under_way, elsewhere_in, eventually, in_fsync, real_data, thousand_stats
+from .conftest import (
+    MIB,
+    Doing,
+    copies_under_way,
+    elsewhere_in,
+    eventually,
+    in_fsync,
+    real_data,
+    thousand_stats,
+)
 from .valve import Valve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("root")]

@@ -1,7 +1,9 @@
-"""A disk that can be stopped: an ext4 on a loop device whose image lies in a small FUSE file system, which answers writes only while
-the valve is open. So "this takes long" can be asked for, whatever the machine's disks.
+"""A disk that can be stopped: an ext4 on a loop device whose image lies in a small FUSE file system, which
+answers writes only while the valve is open. So "this takes long" can be asked for, whatever the machine's
+disks.
 
-Run as a program it is that file system: `valve.py IMAGE MOUNTPOINT CLOSED`; while the file CLOSED exists, writes and syncs wait.
+Run as a program it is that file system: `valve.py IMAGE MOUNTPOINT CLOSED`; while the file CLOSED exists,
+writes and syncs wait.
 """
 
 from __future__ import annotations
@@ -31,14 +33,21 @@ class Valve:
         with open(image, "wb") as file:
             file.truncate(_SIZE)
         subprocess.run(["mkfs.ext4", "-q", image], check=True, capture_output=True, timeout=60)
-        self._process = subprocess.Popen([sys.executable, __file__, image, self._mount, self._closed], cwd="/")
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, image, self._mount, self._closed], cwd="/"
+        )
         try:
             deadline = time.monotonic() + 20
             while not (self._mount / "image").exists():
-                assert self._process.poll() is None and time.monotonic() < deadline, "the valve does not start"
+                assert self._process.poll() is None and time.monotonic() < deadline, (
+                    "the valve does not start"
+                )
                 time.sleep(0.01)
             subprocess.run(
-                ["mount", "-o", "loop,noatime", self._mount / "image", self.dir], check=True, capture_output=True, timeout=60
+                ["mount", "-o", "loop,noatime", self._mount / "image", self.dir],
+                check=True,
+                capture_output=True,
+                timeout=60,
             )
         except BaseException:
             self._process.kill()
@@ -88,7 +97,9 @@ def _serve(image: str, mountpoint: str, closed: str) -> None:
                 raise pyfuse3.FUSEError(errno.ENOENT)
             return await self.getattr(2)
 
-        async def setattr(self, inode: int, attr: Any, fields: Any, fh: Any, ctx: Any) -> pyfuse3.EntryAttributes:
+        async def setattr(
+            self, inode: int, attr: Any, fields: Any, fh: Any, ctx: Any
+        ) -> pyfuse3.EntryAttributes:
             return await self.getattr(inode)
 
         async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:

@@ -1,10 +1,13 @@
-"""A stand-in for trio that stops at every await and lets a chooser say who runs next; and the search through all such choices.
+"""A stand-in for trio that stops at every await and lets a chooser say who runs next; and the search through
+all such choices.
 
-Everything that `layerfs.vfs` takes from trio is here with trio's contract (where it may let others run, it does), so a run is decided by the
-sequence of choices alone and can be played again. Knows nothing of file systems.
+Everything that `layerfs.vfs` takes from trio is here with trio's contract (where it may let others run, it
+does), so a run is decided by the sequence of choices alone and can be played again. Knows nothing of file
+systems.
 
-Work for a thread is done at a moment of the chooser's choice, its result is delivered at another; copy-ups also stop at each of
-their on-disk steps (`layerfs.upper.steps`), as a real thread could be anywhere when the event loop goes on.
+Work for a thread is done at a moment of the chooser's choice, its result is delivered at another; copy-ups
+also stop at each of their on-disk steps (`layerfs.upper.steps`), as a real thread could be anywhere when the
+event loop goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ _MANY = 5000
 
 
 class _Suspend:
-    """What a coroutine hands to the scheduler: when it may go on, and whether it stands between two operations."""
+    """What a coroutine hands to the scheduler: when it may go on, and whether it stands between two
+    operations.
+    """
 
     def __init__(self, ready: Callable[[], bool] = lambda: True, boundary: bool = False) -> None:
         self.ready = ready
@@ -56,7 +61,9 @@ class Task:
 
 @dataclass
 class Choice:
-    """One decision: how many ways there were, and how many switches away from a task that could go on had been made before."""
+    """One decision: how many ways there were, and how many switches away from a task that could go on had
+    been made before.
+    """
 
     taken: int
     ways: int
@@ -69,8 +76,12 @@ class Stuck(AssertionError):
 
 
 class Scheduler:
-    def __init__(self, choices: list[int], *, atomic: bool = False, random_source: random.Random | None = None) -> None:
-        """Follows `choices`, then goes on with the same task as long as it can (or at random). `atomic`: operations are not parted."""
+    def __init__(
+        self, choices: list[int], *, atomic: bool = False, random_source: random.Random | None = None
+    ) -> None:
+        """Follows `choices`, then goes on with the same task as long as it can (or at random). `atomic`:
+        operations are not parted.
+        """
         self.choices = choices
         self.atomic = atomic
         self.random = random_source
@@ -92,11 +103,15 @@ class Scheduler:
         while any(not task.done for task in self.tasks):
             self.clock += 1
             if self.clock > _MANY:
-                raise Stuck(f"still running after {_MANY} steps: {[t.name for t in self.tasks if not t.done]}")
+                raise Stuck(
+                    f"still running after {_MANY} steps: {[t.name for t in self.tasks if not t.done]}"
+                )
             self._step(self._choose())
 
     def _able(self) -> list[Task]:
-        able = [t for t in self.tasks if not t.done and (t.suspend.ready() or (t.scopes and t.may_time_out()))]
+        able = [
+            t for t in self.tasks if not t.done and (t.suspend.ready() or (t.scopes and t.may_time_out()))
+        ]
         if self.atomic:
             inside = [t for t in able if t.background] or [t for t in able if not t.suspend.boundary]
             able = inside or able
@@ -137,11 +152,13 @@ class Scheduler:
         except StopIteration:
             task.done = True
 
-    # -- what vfs takes from trio ------------------------------------------------------------------------------
+    # -- what vfs takes from trio ------------------------------------------------------------------
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Puts this scheduler in the place of trio in layerfs.vfs; every directory is then read "in a thread"."""
+        """Puts this scheduler in the place of trio in layerfs.vfs; every directory is then read "in a
+        thread".
+        """
         with pytest.MonkeyPatch.context() as patch:
             for module in _MODULES:
                 patch.setattr(module, "trio", self._trio())
@@ -234,7 +251,9 @@ async def _run_sync(function: Callable[..., Any], *arguments: object, limiter: o
 
 
 class _Worker(threading.Thread):
-    """A real thread that runs only between `go_on` and its next `pause`, while everything else stands still."""
+    """A real thread that runs only between `go_on` and its next `pause`, while everything else stands
+    still.
+    """
 
     def __init__(self, function: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
@@ -276,13 +295,18 @@ class _Worker(threading.Thread):
         return self._result
 
 
-# -- the search ------------------------------------------------------------------------------------------------
+# -- the search ------------------------------------------------------------------------------------
 
 
 def explore(
-    run: Callable[[list[int], random.Random | None], Scheduler], *, switches: int, limit: int, at_random: int = 0
+    run: Callable[[list[int], random.Random | None], Scheduler],
+    *,
+    switches: int,
+    limit: int,
+    at_random: int = 0,
 ) -> int:
-    """Calls `run(choices, None)` for every sequence of choices with at most `switches` forced changes of task, at most `limit` of them
+    """Calls `run(choices, None)` for every sequence of choices with at most `switches` forced changes of
+    task, at most `limit` of them
     in an order that spreads them, then `at_random` random ones. Returns how many runs there were.
 
     `run` makes everything anew, follows the choices and returns the scheduler."""
@@ -305,5 +329,3 @@ def explore(
         run([], random.Random(number))
         runs += 1
     return runs
-
-

@@ -18,8 +18,23 @@ from layerfs.ids import ROOT
 
 from . import test_orders as orders
 from .scheduler import Scheduler, explore
-from .test_orders import ABSENT, IDS, chmod, cold, create, link, listing, look_twice, lookup, on, read_after, rename
-from .test_orders import rmdir, truncate, unlink, warm, write
+from .test_orders import (
+    ABSENT,
+    IDS,
+    chmod,
+    cold,
+    create,
+    link,
+    listing,
+    lookup,
+    on,
+    rename,
+    rmdir,
+    truncate,
+    unlink,
+    warm,
+    write,
+)
 from .world import Outcome, Place, Program, Steps, World, a_place, check, play
 
 
@@ -47,7 +62,7 @@ def inside(*path: str) -> Any:
     return wrap
 
 
-# -- hard links: three requests at the names of one file -------------------------------------------------------
+# -- hard links: three requests at the names of one file -------------------------------------------
 
 
 def other_name(then: str) -> Program:
@@ -94,26 +109,42 @@ def test_a_directory_of_links_moves(place: Place, moved: str) -> None:
         check(place, [program, move], prepare=[cold], limit=12, at_random=4)
 
 
-@pytest.mark.parametrize("three", [("unlink", "chmod"), ("write", "unlink"), ("other-over", "chmod"), ("away", "write")])
+@pytest.mark.parametrize(
+    "three", [("unlink", "chmod"), ("write", "unlink"), ("other-over", "chmod"), ("away", "write")]
+)
 @pytest.mark.parametrize("name", ["low", "metal", "solo", "hard1"])
 def test_three_at_once(place: Place, name: str, three: tuple[str, str]) -> None:
     both = orders.file_writers(name)
     check(place, [lookup(name), both[three[0]], both[three[1]]], prepare=[cold], limit=25, at_random=8)
 
 
-# -- listing while names come and go ---------------------------------------------------------------------------
+# -- listing while names come and go ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "change",
-    [unlink("low"), rename("low", ABSENT), rename("up", "low"), create(ABSENT), write("metal"), chmod("sub"), rmdir("void")],
+    [
+        unlink("low"),
+        rename("low", ABSENT),
+        rename("up", "low"),
+        create(ABSENT),
+        write("metal"),
+        chmod("sub"),
+        rmdir("void"),
+    ],
     ids=["unlink", "rename", "over", "create", "write", "chmod", "rmdir"],
 )
 def test_listing(place: Place, change: Program) -> None:
-    check(place, [listing("d", "low", "metal", "new", "sub", "up", "void"), change], prepare=[cold], limit=15, at_random=4)
+    check(
+        place,
+        [listing("d", "low", "metal", "new", "sub", "up", "void"), change],
+        prepare=[cold],
+        limit=15,
+        at_random=4,
+    )
 
 
-# -- no redirects: a directory moves only when all of it is in the upper ---------------------------------------
+# -- no redirects: a directory moves only when all of it is in the upper ---------------------------
 
 
 def _tree_changes() -> dict[str, Program]:
@@ -176,7 +207,7 @@ def test_without_redirects_two_directories_change_places(place: Place) -> None:
     check(place, programs, prepare=[cold], limit=25, at_random=5, redirect_dir=False)
 
 
-# -- a name that is used again while its old file is copied ----------------------------------------------------
+# -- a name that is used again while its old file is copied ----------------------------------------
 
 
 def test_the_copy_takes_nothing_from_a_new_file_of_its_name(place: Place) -> None:
@@ -195,11 +226,14 @@ def test_the_copy_takes_nothing_from_a_new_file_of_its_name(place: Place) -> Non
     check(place, [on("metal", write_and_list), again], prepare=[warm("metal")], limit=60, at_random=30)
 
 
-# -- signals ---------------------------------------------------------------------------------------------------
+# -- signals ---------------------------------------------------------------------------------------
 
 
-def _with_signals(place: Place, workers: list[Program], hit: list[int], *, limit: int, at_random: int, **options: bool) -> set[str]:
-    """Runs `workers` and for each of `hit` one who sends it a signal. A worker's operation ends as it does without any, or with EINTR as if
+def _with_signals(
+    place: Place, workers: list[Program], hit: list[int], *, limit: int, at_random: int, **options: bool
+) -> set[str]:
+    """Runs `workers` and for each of `hit` one who sends it a signal. A worker's operation ends as it does
+    without any, or with EINTR as if
     it had not been begun. Returns the answers seen."""
     allowed: dict[frozenset[int], set[Outcome]] = {}
     seen: set[str] = set()
@@ -210,7 +244,9 @@ def _with_signals(place: Place, workers: list[Program], hit: list[int], *, limit
 
             def run(choices: list[int], source: random.Random | None) -> Scheduler:
                 kept = [w if n not in missing else nothing for n, w in enumerate(workers)]
-                scheduler, _, outcome = play(place, kept, choices, source, atomic=True, prepare=cold, **options)
+                scheduler, _, outcome = play(
+                    place, kept, choices, source, atomic=True, prepare=cold, **options
+                )
                 found.add(outcome)
                 return scheduler
 
@@ -274,7 +310,9 @@ def test_a_signal_ends_waiting_and_leaves_nothing(place: Place, name: str) -> No
 @pytest.mark.parametrize("other", ["open", "cut"])
 @pytest.mark.parametrize("name", ["low", "metal"])
 def test_one_of_two_waiters_is_interrupted(place: Place, name: str, other: str) -> None:
-    """The other one gets what he asked for, whoever began the copy and however much of it was to be copied."""
+    """The other one gets what he asked for, whoever began the copy and however much of it was to be
+    copied.
+    """
     second = _open(name) if other == "open" else _cut(5, name)
     for hit in ([0], [1], [0, 1]):
         assert "EINTR" in _with_signals(place, [_open(name), second], hit, limit=60, at_random=30)
@@ -288,12 +326,20 @@ def test_who_changes_attributes_can_be_interrupted_too(place: Place) -> None:
     assert "EINTR" in _with_signals(place, [_open(), chmod("low")], [1], limit=60, at_random=30)
 
 
-# -- faults ----------------------------------------------------------------------------------------------------
+# -- faults ----------------------------------------------------------------------------------------
 
 #: Calls that may find no room, by the module that makes them.
 _GROWING = {
     "layerfs.upper.copyup": ("os.open", "os.mkdir", "os.symlink", "os.mknod", "os.setxattr", "copy_data"),
-    "layerfs.upper.upper": ("os.mknod", "os.link", "os.setxattr", "os.open", "os.rename", "renameat2", "lsetxattr"),
+    "layerfs.upper.upper": (
+        "os.mknod",
+        "os.link",
+        "os.setxattr",
+        "os.open",
+        "os.rename",
+        "renameat2",
+        "lsetxattr",
+    ),
     "layerfs.upper.journal": ("os.open", "os.write", "os.rename"),
     "layerfs.vfs.copyup": ("os.link",),
     "layerfs.vfs.namespace": ("os.mkdir", "os.symlink", "os.mknod", "os.link", "os.setxattr"),
@@ -360,9 +406,13 @@ WORKERS = {
 @pytest.mark.parametrize("stays", [False, True], ids=["once", "stays"])
 @pytest.mark.parametrize("worker", WORKERS)
 def test_a_full_disk_changes_nothing(place: Place, worker: str, stays: bool, redirect_dir: bool) -> None:
-    """Whichever call finds no room: the caller is told, the tree is as it was, and nothing is left in the work directory."""
+    """Whichever call finds no room: the caller is told, the tree is as it was, and nothing is left in the
+    work directory.
+    """
     untouched = play(place, [], [], None, atomic=True, prepare=cold, redirect_dir=redirect_dir)[2].tree
-    succeeded = play(place, [WORKERS[worker]], [], None, atomic=True, prepare=cold, redirect_dir=redirect_dir)[2].tree
+    succeeded = play(
+        place, [WORKERS[worker]], [], None, atomic=True, prepare=cold, redirect_dir=redirect_dir
+    )[2].tree
     for nth in range(60):
         full = _Full(nth, stays=stays)
         before = Scheduler([], atomic=True)
@@ -377,9 +427,13 @@ def test_a_full_disk_changes_nothing(place: Place, worker: str, stays: bool, red
         answers = [each.answer for each in world.done if each.task == 0]
         tree = tuple(sorted(world.finish().items()))
         if "ENOSPC" in answers:
-            assert tree == untouched or "opened" in answers, f"failure of call {nth} left something: {_unlike(untouched, tree)}"
+            assert tree == untouched or "opened" in answers, (
+                f"failure of call {nth} left something: {_unlike(untouched, tree)}"
+            )
         else:
-            assert tree == succeeded, f"success in spite of the failure of call {nth}, but not all of it: {_unlike(succeeded, tree)}"
+            assert tree == succeeded, (
+                f"half a success in spite of the failure of call {nth}: {_unlike(succeeded, tree)}"
+            )
         if not full.met:
             return
     raise AssertionError("more calls than can be counted")

@@ -1,4 +1,6 @@
-"""Readers and writers of the same names, in every order: no answer and no tree that no order of whole operations gives."""
+"""Readers and writers of the same names, in every order: no answer and no tree that no order of whole
+operations gives.
+"""
 
 from __future__ import annotations
 
@@ -186,7 +188,9 @@ _PAIRS = [
     if not (name == "link" and reader == "read")
 ]
 _DIRECTORY_PAIRS = [
-    pytest.param(name, writer, id=f"{name}-{writer}") for name in DIRECTORIES for writer in directory_writers(name)
+    pytest.param(name, writer, id=f"{name}-{writer}")
+    for name in DIRECTORIES
+    for writer in directory_writers(name)
 ]
 
 
@@ -199,7 +203,9 @@ def test_reader_and_writer(place: Place, name: str, reader: str, writer: str) ->
 @pytest.mark.parametrize("name, writer", _DIRECTORY_PAIRS)
 def test_reader_and_writer_of_directories(place: Place, name: str, writer: str) -> None:
     change = directory_writers(name)[writer]
-    check(place, [look_twice(name, ABSENT), change], prepare=[cold, warm(name, ABSENT)], limit=12, at_random=2)
+    check(
+        place, [look_twice(name, ABSENT), change], prepare=[cold, warm(name, ABSENT)], limit=12, at_random=2
+    )
 
 
 _TWO = [

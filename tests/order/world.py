@@ -1,8 +1,10 @@
-"""A small stack with one object of every kind, programs that work on it, and the laws that hold for every order of their steps.
+"""A small stack with one object of every kind, programs that work on it, and the laws that hold for every
+order of their steps.
 
-The law: what the operations answer, and the tree they leave, is what they answer and leave when they are carried out one after another in some
-order, an order in which no operation that had ended comes after one that began later. When all is done, every lookup agrees with a
-tree loaded anew from the same directories, nodes are left only for what is still looked up, and the work directory is empty.
+The law: what the operations answer, and the tree they leave, is what they answer and leave when they are
+carried out one after another in some order, an order in which no operation that had ended comes after one
+that began later. When all is done, every lookup agrees with a tree loaded anew from the same directories,
+nodes are left only for what is still looked up, and the work directory is empty.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,7 @@ class Person(Caller):
         return bool(self.signalled)
 
 
-# -- the stack -------------------------------------------------------------------------------------------------
+# -- the stack -------------------------------------------------------------------------------------
 
 
 def _file(path: Path, data: str, mode: int = 0o644) -> None:
@@ -133,7 +136,7 @@ class Place:
         shutil.rmtree(self.base)
 
 
-# -- one run ---------------------------------------------------------------------------------------------------
+# -- one run ---------------------------------------------------------------------------------------
 
 
 class KnowingGate(NoGate):
@@ -180,7 +183,9 @@ class Done:
 class World:
     """One run: a mounted-like Vfs over a fresh upper, and what the programs in it did."""
 
-    def __init__(self, place: Place, scheduler: Scheduler, *, redirect_dir: bool = True, empty_upper: bool = False) -> None:
+    def __init__(
+        self, place: Place, scheduler: Scheduler, *, redirect_dir: bool = True, empty_upper: bool = False
+    ) -> None:
         self.place = place
         self.scheduler = scheduler
         self.options = {"redirect_dir": redirect_dir}
@@ -207,7 +212,7 @@ class World:
         for each in owned:
             each.close()
 
-    # -- what programs are made of -----------------------------------------------------------------------------
+    # -- what programs are made of -----------------------------------------------------------------
 
     def program(self, task: int, steps: Callable[[Steps], Awaitable[None]]) -> Steps:
         made = Steps(self, task)
@@ -229,7 +234,7 @@ class World:
     def looked_up(self, found: Attributes) -> None:
         self.lookups[found.ino] = self.lookups.get(found.ino, 0) + 1
 
-    # -- the laws at the end -----------------------------------------------------------------------------------
+    # -- the laws at the end -----------------------------------------------------------------------
 
     def finish(self) -> dict[str, object]:
         """Checks the laws of one run; returns the tree it left."""
@@ -241,13 +246,15 @@ class World:
             now = self._tree(self.vfs)
             self.gate.check(self.vfs)
             for id, count in self.lookups.items():
-                assert self.vfs.tree.nodes[NodeId(id)].lookups == count, f"lookup count of {self.vfs.tree.nodes[NodeId(id)]}"
+                assert self.vfs.tree.nodes[NodeId(id)].lookups == count, (
+                    f"lookup count of {self.vfs.tree.nodes[NodeId(id)]}"
+                )
             for id, count in self.lookups.items():
                 self.vfs.forget(id, count)
             left = {node for id, node in self.vfs.tree.nodes.items() if id != ROOT}
             assert not left, f"nodes that nobody knows are kept: {[(n, n.lookups, n.users) for n in left]}"
             assert self.vfs.tree.root.users == 0
-            work = [name for name in os.listdir(f"{self.work_path}/work")]
+            work = os.listdir(f"{self.work_path}/work")
             whiteout = self.vfs.upper._whiteout if self.vfs.upper is not None else None
             strays = [name for name in work if os.fsencode(name) != whiteout]
             assert not strays, f"left in the work directory: {strays}"
@@ -275,7 +282,9 @@ class World:
                     seen[here] = errno.errorcode[error.errno or 0]
                     continue
                 assert found is not None, f"{here} is listed and cannot be looked up"
-                exact = (found.ino, found.st.st_mtime_ns) if not stat.S_ISDIR(found.st.st_mode) else (found.ino,)
+                exact = (
+                    (found.ino, found.st.st_mtime_ns) if not stat.S_ISDIR(found.st.st_mode) else (found.ino,)
+                )
                 attributes = self.attributes(found)
                 content: object = None
                 if stat.S_ISDIR(found.st.st_mode):
@@ -287,7 +296,12 @@ class World:
                     content = bytes(await vfs.files.read(open_file.id, 0, 1000))
                     vfs.files.release(open_file.id)
                 # ctime is not compared: a copy-up's shows again after a remount
-                seen[here] = (exact, *attributes[:-1], content, tuple(await vfs.listxattr(found.ino, Person())))
+                seen[here] = (
+                    exact,
+                    *attributes[:-1],
+                    content,
+                    tuple(await vfs.listxattr(found.ino, Person())),
+                )
                 vfs.forget(found.ino, 1)
             vfs.files.release_directory(handle)
 
@@ -314,7 +328,9 @@ class Steps:
         self.person = Person()
         self._numbers = itertools.count()
 
-    async def _do(self, what: str, call: Awaitable[Any], answer: Callable[[Any], object] = lambda _: "done") -> Any:
+    async def _do(
+        self, what: str, call: Awaitable[Any], answer: Callable[[Any], object] = lambda _: "done"
+    ) -> Any:
         await boundary()
         began, number = self.world.scheduler.clock, next(self._numbers)
         result: Any = None
@@ -327,7 +343,9 @@ class Steps:
         return result
 
     def _changed(self, found: Attributes) -> object:
-        """A change that waited for a copy-up may be seen before it is answered, and more may follow; its answer then shows the newest."""
+        """A change that waited for a copy-up may be seen before it is answered, and more may follow; its
+        answer then shows the newest.
+        """
         newest = self.vfs.getattr(found.ino)
         try:
             newest.send(None)  # type: ignore[attr-defined]
@@ -353,7 +371,9 @@ class Steps:
         await self._do("getattr", self.vfs.getattr(id), self.world.attributes)
 
     async def list(self, parent: int, only: Collection[str]) -> None:
-        """readdirplus: the names at one moment, then a lookup for each (of `only`, to keep the orders few)."""
+        """readdirplus: the names at one moment, then a lookup for each (of `only`, to keep the orders
+        few).
+        """
 
         async def names() -> list[bytes]:
             handle = await self.vfs.opendir(parent)
@@ -423,7 +443,7 @@ class Steps:
         object.__setattr__(other.person, "signalled", True)
 
 
-# -- laws over runs --------------------------------------------------------------------------------------------
+# -- laws over runs --------------------------------------------------------------------------------
 
 Program = Callable[[Steps], Awaitable[None]]
 
@@ -468,7 +488,8 @@ def play(
         scheduler.run()
     tree = world.finish()
     answers = tuple(
-        tuple((each.what, each.answer) for each in world.done if each.task == number) for number in range(len(programs))
+        tuple((each.what, each.answer) for each in world.done if each.task == number)
+        for number in range(len(programs))
     )
     if next(_runs) % 200 == 0:
         gc.collect()
@@ -486,7 +507,9 @@ def explain(world: World, outcome: Outcome, reference: Reference) -> str:
     for possible in list(reference.orders)[:6]:
         for number, answers in enumerate(possible.answers):
             lines += [f"  task {number}: {what} -> {answer}" for what, answer in answers]
-        different = [f"    {a} instead of {b}" for a, b in zip(possible.tree, outcome.tree, strict=False) if a != b]
+        different = [
+            f"    {a} instead of {b}" for a, b in zip(possible.tree, outcome.tree, strict=False) if a != b
+        ]
         lines += [*different[:3], "  --"]
     return "\n".join(lines)
 
@@ -510,9 +533,10 @@ def check(
     at_random: int = 10,
     **options: bool,
 ) -> int:
-    """Tries the orders of `programs`, after each of the preparations, and holds each to the laws; returns how many runs there were."""
+    """Tries the orders of `programs`, after each of the preparations, and holds each to the laws; returns
+    how many runs there were.
+    """
     reference = Reference()
-    start = prepare[0]
 
     def one_by_one(choices: list[int], source: random.Random | None) -> Scheduler:
         scheduler, world, outcome = play(
@@ -521,7 +545,7 @@ def check(
         reference.orders.setdefault(outcome, []).append([(each.task, each.number) for each in world.done])
         return scheduler
 
-    def together(choices: list[int], source: random.Random | None) -> Scheduler:
+    def together(start: Program, choices: list[int], source: random.Random | None) -> Scheduler:
         scheduler, world, outcome = play(place, programs, choices, source, prepare=start, **options)
         if not any(_fits(world.done, order) for order in reference.orders.get(outcome, ())):
             raise AssertionError(explain(world, outcome, reference))
@@ -530,7 +554,7 @@ def check(
     explore(one_by_one, switches=100, limit=400)
     runs = 0
     for start in prepare:
-        runs += explore(together, switches=switches, limit=limit, at_random=at_random)
+        runs += explore(partial(together, start), switches=switches, limit=limit, at_random=at_random)
     return runs
 
 

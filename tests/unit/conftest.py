@@ -19,7 +19,9 @@ _SIZES = {"ext4": 64 * _MIB, "xfs": 320 * _MIB, "btrfs": 160 * _MIB}
 
 
 class Filesystems:
-    """Mounts each kind at most once, on a sparse image file; outside the directory that is swept after every test."""
+    """Mounts each kind at most once, on a sparse image file; outside the directory that is swept after
+    every test.
+    """
 
     def __init__(self) -> None:
         self._base = Path(tempfile.mkdtemp(prefix="layerfs-unit-", dir="/var/tmp"))

@@ -24,9 +24,15 @@ DEFAULTS = {
     "plain": packed((USER_OBJ, 7, NOBODY), (GROUP_OBJ, 5, NOBODY), (OTHER, 5, NOBODY)),
     "plain, nothing": packed((USER_OBJ, 0, NOBODY), (GROUP_OBJ, 0, NOBODY), (OTHER, 0, NOBODY)),
     "plain, all": packed((USER_OBJ, 7, NOBODY), (GROUP_OBJ, 7, NOBODY), (OTHER, 7, NOBODY)),
-    "masked plain": packed((USER_OBJ, 7, NOBODY), (GROUP_OBJ, 7, NOBODY), (MASK, 4, NOBODY), (OTHER, 1, NOBODY)),
-    "a user": packed((USER_OBJ, 6, NOBODY), (USER, 7, 1000), (GROUP_OBJ, 5, NOBODY), (MASK, 7, NOBODY), (OTHER, 4, NOBODY)),
-    "a group": packed((USER_OBJ, 7, NOBODY), (GROUP_OBJ, 0, NOBODY), (GROUP, 6, 100), (MASK, 6, NOBODY), (OTHER, 0, NOBODY)),
+    "masked plain": packed(
+        (USER_OBJ, 7, NOBODY), (GROUP_OBJ, 7, NOBODY), (MASK, 4, NOBODY), (OTHER, 1, NOBODY)
+    ),
+    "a user": packed(
+        (USER_OBJ, 6, NOBODY), (USER, 7, 1000), (GROUP_OBJ, 5, NOBODY), (MASK, 7, NOBODY), (OTHER, 4, NOBODY)
+    ),
+    "a group": packed(
+        (USER_OBJ, 7, NOBODY), (GROUP_OBJ, 0, NOBODY), (GROUP, 6, 100), (MASK, 6, NOBODY), (OTHER, 0, NOBODY)
+    ),
     "many": packed(
         (USER_OBJ, 5, NOBODY),
         (USER, 1, 1),
@@ -38,7 +44,12 @@ DEFAULTS = {
         (OTHER, 2, NOBODY),
     ),
 }
-MODES = [*(0o100 * a + 0o10 * b + c for a, b, c in itertools.product((0, 4, 6, 7), repeat=3)), 0o4755, 0o2755, 0o1777]
+MODES = [
+    *(0o100 * a + 0o10 * b + c for a, b, c in itertools.product((0, 4, 6, 7), repeat=3)),
+    0o4755,
+    0o2755,
+    0o1777,
+]
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -66,7 +77,9 @@ def test_the_type_is_kept() -> None:
     assert mode == stat.S_IFDIR | 0o7755
 
 
-@pytest.mark.parametrize("value", [b"", b"\2", b"\2\0\0", b"\1\0\0\0", DEFAULTS["plain"][:-1], DEFAULTS["plain"] + b"\0"])
+@pytest.mark.parametrize(
+    "value", [b"", b"\2", b"\2\0\0", b"\1\0\0\0", DEFAULTS["plain"][:-1], DEFAULTS["plain"] + b"\0"]
+)
 def test_what_is_no_acl(value: bytes) -> None:
     with pytest.raises(ValueError):
         acl.inherit(value, 0o644)

@@ -21,7 +21,9 @@ def _caller(pid: int) -> Caller:
 
 @contextmanager
 def held(setup: str = "") -> Iterator[int]:
-    """Pid of a process that takes no signals because it is stopped, as one that waits for an answer takes none."""
+    """Pid of a process that takes no signals because it is stopped, as one that waits for an answer takes
+    none.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", f"import signal, os\n{setup}\nprint('ready', flush=True)\nsignal.pause()"],
         stdout=subprocess.PIPE,

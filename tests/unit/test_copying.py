@@ -1,4 +1,6 @@
-"""copy_data on each kind of file system: the same bytes, the same holes, exactly as long; cut short, cancelled, changed from outside."""
+"""copy_data on each kind of file system: the same bytes, the same holes, exactly as long; cut short,
+cancelled, changed from outside.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +160,9 @@ def _no_reflink(*_: object) -> int:
 
 
 @pytest.mark.parametrize("in_kernel", [True, False])
-def test_a_source_that_is_cut_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool) -> None:
+def test_a_source_that_is_cut_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool
+) -> None:
     """Changed from outside: the content is undefined, but the copy ends, as long as was asked for."""
     monkeypatch.setattr(copying, "_CHUNK", 64 * KIB)
     if in_kernel:

@@ -1,4 +1,4 @@
-"""The log of inode numbers: what was put is found after a restart, torn and foreign lines are not believed."""
+"""The log of inode numbers: what was put is found after a restart, torn and foreign lines are not."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_number_used_again_is_another_object(box: Box) -> None:
     """The handle holds the generation: the next file with the same inode number has no entry."""
     real = box.make("a")
     InodeLog(box.state).put(box.objects.fd, b"a", real, 77)
-    for number in range(50):
+    for _ in range(50):
         os.unlink(box.path / "objects" / "a")
         if box.make("a") == real:
             break
@@ -100,7 +100,19 @@ def test_after_a_torn_line_new_ones_are_found(box: Box) -> None:
     assert (box.get("a"), box.get("c"), box.get("d")) == (1001, 1003, 1004)
 
 
-@pytest.mark.parametrize("line", [b"\n", b"x\n", b"1:00 2\n", b"1:00 -2 3\n", b"1:00 2 3 4\n", b"1:00 2 x\n", b"\0\0\0\n", b"\xff" * 300 + b"\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\n",
+        b"x\n",
+        b"1:00 2\n",
+        b"1:00 -2 3\n",
+        b"1:00 2 3 4\n",
+        b"1:00 2 x\n",
+        b"\0\0\0\n",
+        b"\xff" * 300 + b"\n",
+    ],
+)
 def test_nonsense_is_passed_over(box: Box, line: bytes) -> None:
     real = box.make("a")
     log = InodeLog(box.state)

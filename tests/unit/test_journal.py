@@ -1,4 +1,6 @@
-"""The journal of hard-link copy-ups: whatever a crash left, the next mount finishes it or there was nothing to finish."""
+"""The journal of hard-link copy-ups: whatever a crash left, the next mount finishes it or there was nothing
+to finish.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class Box:
         (self.work_path / "layerfs" / name).write_text(text)
 
     def names(self) -> list[str]:
-        return sorted(str(path.relative_to(self.upper)) for path in self.upper.rglob("*") if not path.is_dir())
+        return sorted(
+            str(path.relative_to(self.upper)) for path in self.upper.rglob("*") if not path.is_dir()
+        )
 
     def close(self) -> None:
         self.root.close()
@@ -144,7 +148,9 @@ def test_nothing_is_linked_outside(box: Box, directory: str, tmp_path: Path) -> 
     except OSError:
         pass  # a mount that is refused is fine, too
     assert [name for name in box.names() if "evil" in name] == []
-    assert not list(tmp_path.glob("evil")) and not list(outside.rglob("evil")) and not Path("/tmp/evil").exists()
+    assert (
+        not list(tmp_path.glob("evil")) and not list(outside.rglob("evil")) and not Path("/tmp/evil").exists()
+    )
 
 
 def test_a_name_that_is_taken_by_something_else_stays(box: Box) -> None:

@@ -26,7 +26,9 @@ class Layers:
         self.paths: list[Path] = []
 
     def layer(self, **content: object) -> Path:
-        """The next layer, below those made so far. Content: name -> bytes (file), dict (directory), or one of the marks below."""
+        """The next layer, below those made so far. Content: name -> bytes (file), dict (directory), or one
+        of the marks below.
+        """
         path = self.base / f"layer{len(self.paths)}"
         path.mkdir()
         self.paths.append(path)
@@ -97,8 +99,10 @@ def test_the_first_layer_that_holds_a_name_decides(layers: Layers) -> None:
 
 
 def test_entry_home(layers: Layers) -> None:
-    """`home` is None for objects in the upper and for no others; `lower` says whether a lower layer shows the name."""
-    layers.layer(mine=b"", both=b"", dir={}, **{"only": {}})
+    """`home` is None for objects in the upper and for no others; `lower` says whether a lower layer shows
+    the name.
+    """
+    layers.layer(mine=b"", both=b"", dir={}, only={})
     layers.layer(both=b"", dir={}, theirs=b"")
     names = layers.merge(upper=True).names
     assert {name: (entry.home is None, entry.lower) for name, entry in names.items()} == {
@@ -155,7 +159,9 @@ def test_a_file_beside_its_own_whiteout_is_seen(layers: Layers) -> None:
 
 
 def test_marks_are_no_names(layers: Layers) -> None:
-    layers.layer(**{".wh.a": b"", ".wh..wh..plnk": b"", ".wh.": b"", "X": True, "x": XATTR, "d": DEVICE, "kept": b""})
+    layers.layer(
+        **{".wh.a": b"", ".wh..wh..plnk": b"", ".wh.": b"", "X": True, "x": XATTR, "d": DEVICE, "kept": b""}
+    )
     layers.layer(kept=b"")
     assert set(layers.merge().names) == {b"kept"}
 
@@ -233,11 +239,17 @@ def test_upper_whiteouts_are_known(layers: Layers) -> None:
     assert not merged.hides(b"c") and not merged.hides(b"kept")
 
 
-# -- the law: one merge is the same as layer by layer ----------------------------------------------------------
+# -- the law: one merge is the same as layer by layer ----------------------------------------------
 
 _names = st.sampled_from(["a", "b", "c", "d"])
 _what = st.sampled_from([b"file", "dir", DEVICE, ".wh.", XATTR])
-_layer = st.fixed_dictionaries({"opaque": st.sampled_from([False, False, False, True]), "x": st.booleans(), "names": st.dictionaries(_names, _what)})
+_layer = st.fixed_dictionaries(
+    {
+        "opaque": st.sampled_from([False, False, False, True]),
+        "x": st.booleans(),
+        "names": st.dictionaries(_names, _what),
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +277,9 @@ def _by_hand(described: list[dict[str, object]]) -> dict[bytes, tuple[int, bool]
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(described=st.lists(_layer, min_size=1, max_size=4))
-def test_one_merge_is_the_same_as_layer_by_layer(root: None, bench: Path, described: list[dict[str, object]]) -> None:
+def test_one_merge_is_the_same_as_layer_by_layer(
+    root: None, bench: Path, described: list[dict[str, object]]
+) -> None:
     base = bench / "run"
     base.mkdir()
     try:
@@ -273,7 +287,9 @@ def test_one_merge_is_the_same_as_layer_by_layer(root: None, bench: Path, descri
         for each in described:
             content: dict[str, object] = {}
             for name, what in each["names"].items():  # type: ignore[attr-defined]
-                content.update({f".wh.{name}": b""} if what == ".wh." else {name: {} if what == "dir" else what})
+                content.update(
+                    {f".wh.{name}": b""} if what == ".wh." else {name: {} if what == "dir" else what}
+                )
             if each["opaque"]:
                 content[".wh..wh..opq"] = b""
             if each["x"]:

@@ -1,4 +1,6 @@
-"""Which xattr names a user sees, and where a user's own are kept: the two are inverse, and no user reaches a mark of ours."""
+"""Which xattr names a user sees, and where a user's own are kept: the two are inverse, and no user reaches a
+mark of ours.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,17 @@ from hypothesis import strategies as st
 
 from layerfs.overlay.names import FOREIGN, TRUSTED, USER, XattrNames, shown, stored
 
-_PARTS = ("trusted.", "user.", "overlay.", "security.", "opaque", "fuseoverlayfs.", "containers.override_stat", "x", "")
+_PARTS = (
+    "trusted.",
+    "user.",
+    "overlay.",
+    "security.",
+    "opaque",
+    "fuseoverlayfs.",
+    "containers.override_stat",
+    "x",
+    "",
+)
 names = st.lists(st.sampled_from(_PARTS), max_size=6).map("".join) | st.text(max_size=30)
 
 MARKS = [value for prefix in (TRUSTED, USER) for value in vars(XattrNames(prefix)).values()]
@@ -42,12 +54,16 @@ def test_two_names_stay_two(one: str, two: str) -> None:
         assert stored(one) != stored(two)
 
 
-@pytest.mark.parametrize("mark", [*MARKS, *FOREIGN, "user.fuseoverlayfs.opaque", "user.containers.override_stat"])
+@pytest.mark.parametrize(
+    "mark", [*MARKS, *FOREIGN, "user.fuseoverlayfs.opaque", "user.containers.override_stat"]
+)
 def test_marks_are_hidden(mark: str) -> None:
     assert shown(mark) is None
 
 
-@pytest.mark.parametrize("name", ["user.a", "trusted.a", "security.capability", "system.posix_acl_access", "user.overlays"])
+@pytest.mark.parametrize(
+    "name", ["user.a", "trusted.a", "security.capability", "system.posix_acl_access", "user.overlays"]
+)
 def test_others_are_as_they_are(name: str) -> None:
     assert (shown(name), stored(name)) == (name, name)
 

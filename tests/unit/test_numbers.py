@@ -1,4 +1,6 @@
-"""Inode numbers: layer and real number go in and come out, nothing meets, and what does not fit is still the same every time."""
+"""Inode numbers: layer and real number go in and come out, nothing meets, and what does not fit is still the
+same every time.
+"""
 
 from __future__ import annotations
 

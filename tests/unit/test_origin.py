@@ -15,7 +15,9 @@ from layerfs.overlay.origin import Origin
 from tests.support.mounts import KernelOverlay
 from tests.support.stack import Stack
 
-origins = st.builds(Origin, st.binary(min_size=16, max_size=16), st.integers(0, 255), st.binary(max_size=255 - 21))
+origins = st.builds(
+    Origin, st.binary(min_size=16, max_size=16), st.integers(0, 255), st.binary(max_size=255 - 21)
+)
 
 
 @given(origins)

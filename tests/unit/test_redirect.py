@@ -1,4 +1,4 @@
-"""`overlay.redirect` as a layer's author may have written it: a plain sibling, a plain absolute path, or EIO."""
+"""`overlay.redirect` as an author may have written it: a plain sibling, a plain absolute path, or EIO."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from layerfs.overlay import redirect
 
-components = st.binary(min_size=1, max_size=20).filter(lambda part: part not in (b".", b"..") and not {0, 47} & set(part))
+components = st.binary(min_size=1, max_size=20).filter(
+    lambda part: part not in (b".", b"..") and not {0, 47} & set(part)
+)
 
 
 @given(st.lists(components, min_size=1, max_size=8))
@@ -73,4 +75,6 @@ def test_whatever_it_says_it_names_something_inside(value: bytes) -> None:
         assert error.errno == errno.EIO
         return
     parts = path[1:].split(b"/") if path.startswith(b"/") else [path]
-    assert all(part and part not in (b".", b"..") and b"/" not in part and b"\0" not in part for part in parts)
+    assert all(
+        part and part not in (b".", b"..") and b"/" not in part and b"\0" not in part for part in parts
+    )

@@ -1,4 +1,6 @@
-"""Redirects, opaque marks and metadata-only files: what they lead to, by hand and compared with kernel overlayfs on the same layers."""
+"""Redirects, opaque marks and metadata-only files: what they lead to, by hand and compared with kernel
+overlayfs on the same layers.
+"""
 
 from __future__ import annotations
 
@@ -42,29 +44,77 @@ WHITEOUT = None
 CASES: dict[str, list[dict[str, Any]]] = {
     "relative": [{"d": {"new": redirect("old", top=b"t")}}, {"d": {"old": {"x": b"x"}}}],
     "absolute": [{"new": redirect("/a/b/old")}, {"a": {"b": {"old": {"x": b"x"}}}}],
-    "absolute, not at the top": [{"p": {"new": redirect("/old")}}, {"old": {"x": b"x"}, "p": {"new": {"hidden": b""}}}],
-    "of a moved parent": [{"p2": redirect("/p1", c2=redirect("c1"))}, {"p1": {"c1": {"x": b"x"}, "other": b"o"}}],
-    "of a moved parent, absolute": [{"p2": redirect("/p1", c2=redirect("/q/c1"))}, {"p1": {"c1": {"no": b""}}, "q": {"c1": {"x": b""}}}],
-    "chain": [{"n3": redirect("/n2", a=b"3")}, {"n2": redirect("/n1", a=b"2", b=b"2")}, {"n1": {"a": b"1", "b": b"1", "c": b"1"}}],
-    "chain of siblings": [{"d": {"n3": redirect("n2")}}, {"d": {"n2": redirect("n1")}}, {"d": {"n1": {"c": b"1"}}}],
-    "through a parent moved below": [{"n": redirect("/p/c")}, {"p": redirect("/q", m=b"")}, {"q": {"c": {"x": b"x"}}}],
-    "through a parent moved below, end there": [{"n": redirect("/p/c")}, {"p": redirect("/q", c={"y": b""})}, {"q": {"c": {"x": b"x"}}, "p": {"c": {"z": b""}}}],
+    "absolute, not at the top": [
+        {"p": {"new": redirect("/old")}},
+        {"old": {"x": b"x"}, "p": {"new": {"hidden": b""}}},
+    ],
+    "of a moved parent": [
+        {"p2": redirect("/p1", c2=redirect("c1"))},
+        {"p1": {"c1": {"x": b"x"}, "other": b"o"}},
+    ],
+    "of a moved parent, absolute": [
+        {"p2": redirect("/p1", c2=redirect("/q/c1"))},
+        {"p1": {"c1": {"no": b""}}, "q": {"c1": {"x": b""}}},
+    ],
+    "chain": [
+        {"n3": redirect("/n2", a=b"3")},
+        {"n2": redirect("/n1", a=b"2", b=b"2")},
+        {"n1": {"a": b"1", "b": b"1", "c": b"1"}},
+    ],
+    "chain of siblings": [
+        {"d": {"n3": redirect("n2")}},
+        {"d": {"n2": redirect("n1")}},
+        {"d": {"n1": {"c": b"1"}}},
+    ],
+    "through a parent moved below": [
+        {"n": redirect("/p/c")},
+        {"p": redirect("/q", m=b"")},
+        {"q": {"c": {"x": b"x"}}},
+    ],
+    "through a parent moved below, end there": [
+        {"n": redirect("/p/c")},
+        {"p": redirect("/q", c={"y": b""})},
+        {"q": {"c": {"x": b"x"}}, "p": {"c": {"z": b""}}},
+    ],
     "to nothing": [{"new": redirect("/nowhere", a=b"")}, {"other": b""}],
     "to a file": [{"new": redirect("/f", a=b"")}, {"f": b"data"}],
     "to a whiteout": [{"new": redirect("/old", a=b"")}, {"old": WHITEOUT}, {"old": {"x": b""}}],
     "under a whiteout": [{"new": redirect("/p/old", a=b"")}, {"p": WHITEOUT}, {"p": {"old": {"x": b""}}}],
     "to an opaque directory": [{"new": redirect("/old")}, {"old": opaque(a=b"")}, {"old": {"x": b""}}],
-    "under an opaque directory": [{"new": redirect("/p/old")}, {"p": opaque(old={"a": b""})}, {"p": {"old": {"x": b""}}}],
-    "under an opaque directory without it": [{"new": redirect("/p/old")}, {"p": opaque(a=b"")}, {"p": {"old": {"x": b""}}}],
-    "a layer without it between": [{"new": redirect("/p/old")}, {"p": {"else": b""}}, {"p": {"old": {"x": b""}}}],
-    "a layer without its parent between": [{"new": redirect("/p/old")}, {"q": {}}, {"p": {"old": {"x": b""}}}],
+    "under an opaque directory": [
+        {"new": redirect("/p/old")},
+        {"p": opaque(old={"a": b""})},
+        {"p": {"old": {"x": b""}}},
+    ],
+    "under an opaque directory without it": [
+        {"new": redirect("/p/old")},
+        {"p": opaque(a=b"")},
+        {"p": {"old": {"x": b""}}},
+    ],
+    "a layer without it between": [
+        {"new": redirect("/p/old")},
+        {"p": {"else": b""}},
+        {"p": {"old": {"x": b""}}},
+    ],
+    "a layer without its parent between": [
+        {"new": redirect("/p/old")},
+        {"q": {}},
+        {"p": {"old": {"x": b""}}},
+    ],
     "under a file": [{"new": redirect("/p/old", a=b"")}, {"p": b"file"}, {"p": {"old": {"x": b""}}}],
     "own name below is not merged": [{"new": redirect("/old")}, {"new": {"no": b""}, "old": {"x": b""}}],
     "moved away and made again": [{"new": redirect("/old"), "old": opaque(a=b"")}, {"old": {"x": b""}}],
-    "two moved into each other's place": [{"a": redirect("b"), "b": redirect("a")}, {"a": {"of-a": b""}, "b": {"of-b": b""}}],
+    "two moved into each other's place": [
+        {"a": redirect("b"), "b": redirect("a")},
+        {"a": {"of-a": b""}, "b": {"of-b": b""}},
+    ],
     "opaque in the middle": [{"d": {"1": b""}}, {"d": opaque(**{"2": b""})}, {"d": {"3": b""}}],
     "file in the middle": [{"d": {"1": b""}}, {"d": b"file"}, {"d": {"3": b""}}],
-    "deep": [{"a": {"b": {"c": redirect("/x/y/z")}}}, {"x": {"y": redirect("/u/v")}}, {"u": {"v": {"z": {"end": b"!"}}}}],
+    "deep": [
+        {"a": {"b": {"c": redirect("/x/y/z")}}},
+        {"x": {"y": redirect("/u/v")}},
+        {"u": {"v": {"z": {"end": b"!"}}}},
+    ],
     "metacopy": [{"f": metacopy(4)}, {"f": b"data"}],
     "metacopy, moved": [{"g": metacopy(4, "/d/f")}, {"d": {"f": b"data"}}],
     "metacopy, moved beside": [{"d": {"g": metacopy(4, "f")}}, {"d": {"f": b"data"}}],
@@ -73,7 +123,11 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "metacopy chain, moved once": [{"h": metacopy(4)}, {"h": metacopy(4, "/f")}, {"f": b"data"}],
     "metacopy over a layer without it": [{"g": metacopy(4, "/d/f")}, {"d": {}}, {"d": {"f": b"data"}}],
     "metacopy in a moved directory": [{"e": redirect("/d", f=metacopy(4))}, {"d": {"f": b"data"}}],
-    "metacopy of a file in a directory moved below": [{"g": metacopy(4, "/e/f")}, {"e": redirect("/d")}, {"d": {"f": b"data"}}],
+    "metacopy of a file in a directory moved below": [
+        {"g": metacopy(4, "/e/f")},
+        {"e": redirect("/d")},
+        {"d": {"f": b"data"}},
+    ],
     "metacopy without data": [{"f": metacopy(4)}, {"other": b""}],
     "metacopy of a directory": [{"f": metacopy(4)}, {"f": {"x": b""}}],
     "metacopy of a whiteout": [{"f": metacopy(4, "/g")}, {"g": WHITEOUT}, {"g": b"data"}],
@@ -83,7 +137,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "redirect a/b": [{"d": redirect("a/b", a=b"")}, {"a": {"b": {"x": b""}}}],
 }
 
-#: Where layerfs is stricter than the kernel, which leaves the answer to who looks: both are errors or neither shows the lower content.
+#: Where layerfs is stricter than the kernel, which leaves the answer to who looks: both are errors or
+#: neither shows the lower content.
 _NONSENSE = ("redirect ..", "redirect /..", "redirect a/b")
 
 
@@ -178,16 +233,21 @@ _ALL = [
 def test_as_the_kernel(kernel_overlay: None, layered: Stack, request: pytest.FixtureRequest) -> None:
     if len(layered.lowers) == 1 and layered.upper is None:
         pytest.skip("one layer alone is no overlay")
-    ours = trio.run(by_layerfs, [str(path) for path in layered.lowers], str(layered.upper) if layered.upper else None)
+    ours = trio.run(
+        by_layerfs, [str(path) for path in layered.lowers], str(layered.upper) if layered.upper else None
+    )
     with KernelOverlay(layered) as mount:
         theirs = by_kernel(mount.mnt)
     if any(name in request.node.name for name in _NONSENSE):
         assert ours["d"] == "EIO"
         assert theirs.get("d") != "directory" or "d/x" not in theirs
         return
-    # An upper that redirects to a name still in sight shows one lower object twice; the kernel then gives ESTALE for the second.
+    # An upper that redirects to a name still in sight shows one lower object twice; the kernel then gives
+    # ESTALE for the second.
     twice = tuple(path for path, what in theirs.items() if what == "ESTALE")
-    for path in [path for path in ours if path in twice or path.startswith(tuple(f"{each}/" for each in twice))]:
+    for path in [
+        path for path in ours if path in twice or path.startswith(tuple(f"{each}/" for each in twice))
+    ]:
         del ours[path]
         theirs.pop(path, None)
     assert ours == theirs
