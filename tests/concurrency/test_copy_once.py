@@ -17,7 +17,7 @@ import pytest
 from tests.support.mounts import Layerfs
 from tests.support.stack import Stack
 
-from .conftest import PATIENCE, Created, Doing, copies_under_way, eventually
+from .conftest import GIB, PATIENCE, Created, Doing, copies_under_way, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("root")]
 
@@ -63,9 +63,9 @@ class Opener:
 
 
 @pytest.fixture
-def big_stack(make_stack: type[Stack], big: int, big_files: Callable[[int], Path]) -> Stack:
+def big_stack(make_stack: type[Stack], big_files: Callable[[int], Path]) -> Stack:
     stack = make_stack()
-    stack.lowers = [big_files(big)]
+    stack.lowers = [big_files(GIB)]
     return stack
 
 
