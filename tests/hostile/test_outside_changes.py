@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from layerfs.fdutil import RENAME_EXCHANGE, renameat2
+from tests.support import mounts
 from tests.support.mounts import Layerfs
 from tests.support.tree import assert_equal, snapshot
 
@@ -107,7 +109,8 @@ def _use(here: Path) -> None:
         lambda: os.symlink("x", here / "new-link"),
         lambda: os.listdir(here / "sub" / "deep"),
         lambda: os.unlink(here / "link"),
-        lambda: shutil.rmtree(here / "sub" / "deep"),
+        lambda: os.unlink(here / "sub" / "deep" / "secret"),
+        lambda: os.rmdir(here / "sub" / "deep"),
         lambda: os.rmdir(here / "sub"),
     ):
         try:
@@ -448,6 +451,8 @@ def race(box: Box, m: Layerfs, roots: list[Path], seconds: float) -> None:
                     failed.append(child)
                 break
             if time.monotonic() > deadline:
+                print(f"child {child} hangs in {Path(f'/proc/{child}/wchan').read_text()}; the daemon:")
+                print(*map(mounts._stack_of, m.pids()))
                 m.kill()
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
@@ -458,8 +463,6 @@ def race(box: Box, m: Layerfs, roots: list[Path], seconds: float) -> None:
 
 
 def _exchange(one: Path, two: Path) -> None:
-    from layerfs.fdutil import RENAME_EXCHANGE, renameat2
-
     renameat2(-100, os.fsencode(one), -100, os.fsencode(two), RENAME_EXCHANGE)
 
 
