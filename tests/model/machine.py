@@ -7,6 +7,7 @@ costs more than the operations of a case. A failing example is shortened to one 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import time
@@ -46,12 +47,16 @@ class Quirks:
     descriptor for writing makes it copy the data up later).
     `umask`: the umask while operations run. Not 0 only where a default ACL takes its place (known gap).
     `stable_ino`: inode numbers survive copy-up and remount.
+
+    `ctimes` is no quirk but one more law: an operation moves the ctime of those objects whose ctime it moves
+    in a plain directory, and of no others. It looks at everything after every operation, as root.
     """
 
     kernel: bool = False
     loose_mtime: bool = False
     umask: int = 0
     stable_ino: bool = True
+    ctimes: bool = False
 
 
 @dataclass
@@ -118,7 +123,10 @@ def run_ops(
 
 def _run_case(number: int, ops: tuple[Op, ...], plain: Runner, other: Runner, quirks: Quirks) -> None:
     trace: list[str] = []
+    ctimes = Ctimes(plain.root, other.root) if quirks.ctimes else None
     for op in ops:
+        if ctimes is not None and op.kind == "su":
+            continue
         if quirks.kernel and plain.holds_orphan(op):
             continue
         expected = plain.run(op)
@@ -129,6 +137,9 @@ def _run_case(number: int, ops: tuple[Op, ...], plain: Runner, other: Runner, qu
             expected = got = "made"
         trace.append(f"{op!r} -> {shown(expected)}")
         if expected == got or (quirks.kernel and _of_the_kernel(op, plain, expected, got)):
+            if ctimes is not None and (wrong := ctimes.wrong()):
+                told = "\n  ".join([*trace, *wrong])
+                raise AssertionError(f"c{number}: {op.kind} and ctimes:\n  {told}")
             continue
         trace[-1] += f"   <-- got {shown(got)}"
         raise AssertionError(f"c{number}: {op.kind} differs from a plain directory:\n  " + "\n  ".join(trace))
@@ -207,6 +218,37 @@ def assert_numbers(before: dict[tuple[int, int], int], after: dict[tuple[int, in
     owners: dict[int, tuple[int, int]] = {}
     for key, ino in after.items():
         assert owners.setdefault(ino, key) == key, f"inode number {ino} stands for two objects {when}"
+
+
+class Ctimes:
+    """Whose ctime an operation moved, in the plain directory and in the mount."""
+
+    def __init__(self, plain: str, other: str) -> None:
+        self.plain, self.other = os.fsencode(plain), os.fsencode(other)
+        self.before = self._look()
+
+    def _look(self) -> dict[bytes, tuple[tuple[int, int], int, int]]:
+        """Name -> what object it is, its ctime in the plain directory and in the mount."""
+        seen = {}
+        for here, dirs, files in os.walk(self.plain):
+            for name in [b"", *dirs, *files]:
+                path = os.path.join(here, name)
+                rel = os.path.relpath(path, self.plain)
+                with contextlib.suppress(FileNotFoundError):  # comparing trees is done elsewhere
+                    theirs = os.lstat(os.path.join(self.other, rel)).st_ctime_ns
+                    seen[rel] = (identity(path), os.lstat(path).st_ctime_ns, theirs)
+        return seen
+
+    def wrong(self) -> list[str]:
+        """What moved in one and not in the other since the last call."""
+        before, self.before = self.before, self._look()
+        lines = []
+        for name in before.keys() & self.before.keys():
+            (was, plain_then, other_then), (now, plain_now, other_now) = before[name], self.before[name]
+            if was == now and (plain_then != plain_now) != (other_then != other_now):
+                who = "the plain directory" if plain_then != plain_now else "the mount"
+                lines.append(f"the ctime of {os.fsdecode(name)!r} moved in {who} only")
+        return lines
 
 
 # --- the comparisons ---

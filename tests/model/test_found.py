@@ -98,6 +98,19 @@ def test_found_on_layerfs(ext4: Path) -> None:
         machine.against_plain(ex, Layerfs, Quirks(), kernel_options=(KERNEL, KERNEL_INDEXED))
 
 
+def test_found_on_layerfs_ctimes(ext4: Path) -> None:
+    with example(tuple(FOUND.values()), ext4) as ex:
+        machine.against_plain(ex, Layerfs, Quirks(ctimes=True))
+
+
+def test_copy_up_moves_ctime_in_the_kernel_and_not_in_layerfs(ext4: Path) -> None:
+    case = Case(FILE, (Op("open", (0, "f1", "r+", 0)), Op("fstat", (0,)), Op("read", (0, 0, 10))))
+    with example((case,), ext4) as ex, pytest.raises(AssertionError, match="moved in the mount only"):
+        machine.against_plain(ex, lambda s: KernelOverlay(s, PLAINEST), Quirks(kernel=True, ctimes=True))
+    with example((case,), ext4) as ex:
+        machine.against_plain(ex, Layerfs, Quirks(ctimes=True))
+
+
 def test_found_on_uppers_of_the_kernel(ext4: Path) -> None:
     with example(tuple(LEFT_BY_THE_KERNEL.values()), ext4) as ex:
         machine.after_kernel(ex, Layerfs, KERNEL_INDEXED, lambda case: ())

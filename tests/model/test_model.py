@@ -75,7 +75,7 @@ def caches_dropped() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("kernel_overlay")
-@budget(15)
+@budget(10)
 @given(cases=generate.cases("kernel"))
 def test_kernel_overlay_is_a_fair_oracle(ext4: Path, cases: tuple[machine.Case, ...]) -> None:
     """The machinery itself: kernel overlayfs passes with its documented deviations, and only those, left
@@ -86,7 +86,7 @@ def test_kernel_overlay_is_a_fair_oracle(ext4: Path, cases: tuple[machine.Case, 
 
 
 @pytest.mark.usefixtures("kernel_overlay")
-@budget(25)
+@budget(14)
 @given(cases=generate.cases("xattr"))
 def test_like_a_plain_directory_and_readable_by_the_kernel(
     ext4: Path, cases: tuple[machine.Case, ...]
@@ -95,14 +95,14 @@ def test_like_a_plain_directory_and_readable_by_the_kernel(
         machine.against_plain(ex, Layerfs, machine.Quirks(), kernel_options=(KERNEL, KERNEL_INDEXED))
 
 
-@budget(25)
+@budget(14)
 @given(cases=generate.cases("oci"))
 def test_like_a_plain_directory_on_oci_layers(ext4: Path, cases: tuple[machine.Case, ...]) -> None:
     with example(cases, ext4, for_kernel=False) as ex:
         machine.against_plain(ex, Layerfs, machine.Quirks())
 
 
-@budget(15)
+@budget(10)
 @given(cases=generate.cases("oci"))
 def test_like_a_plain_directory_while_caches_are_dropped(
     ext4: Path, caches_dropped: None, cases: tuple[machine.Case, ...]
@@ -111,8 +111,15 @@ def test_like_a_plain_directory_while_caches_are_dropped(
         machine.against_plain(ex, Layerfs, machine.Quirks())
 
 
+@budget(6)
+@given(cases=generate.cases("oci"))
+def test_ctimes_move_as_in_a_plain_directory(ext4: Path, cases: tuple[machine.Case, ...]) -> None:
+    with example(cases, ext4, for_kernel=False) as ex:
+        machine.against_plain(ex, Layerfs, machine.Quirks(ctimes=True))
+
+
 @pytest.mark.usefixtures("kernel_overlay")
-@budget(15)
+@budget(10)
 @given(cases=generate.cases("kernel", ops=20), more=st.tuples(*[generate.more_ops(16)] * 4))
 def test_goes_on_where_the_kernel_stopped(
     ext4: Path, cases: tuple[machine.Case, ...], more: tuple[tuple[ops.Op, ...], ...]
