@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import importlib
+import itertools
 import os
 import random
 import types
@@ -205,6 +206,145 @@ def test_without_redirects(place: Place, change: str) -> None:
 def test_without_redirects_two_directories_change_places(place: Place) -> None:
     programs = [rename("tree", "sub", RENAME_EXCHANGE), rename("sub", "mixed", RENAME_EXCHANGE)]
     check(place, programs, prepare=[cold], limit=25, at_random=5, redirect_dir=False)
+
+
+# -- descriptors, and what the kernel forgets -------------------------------------------------------
+
+
+def _reads_twice(name: str) -> Program:
+    async def then(steps: Steps, id: int) -> None:
+        handle = await steps.open(id, os.O_RDONLY)
+        if handle is not None:
+            await steps.read(handle)
+            await steps.read(handle)
+
+    return on(name, then)
+
+
+@pytest.mark.parametrize("change", ["write", "truncate", "unlink", "other-over", "exchange", "link"])
+@pytest.mark.parametrize("name", ["low", "metal", "hard1"])
+def test_a_descriptor_for_reading_shows_what_is_written(place: Place, name: str, change: str) -> None:
+    programs = [_reads_twice(name), orders.file_writers(name)[change]]
+    check(place, programs, prepare=[cold], limit=15, at_random=5)
+
+
+def _opens_and_forgets(name: str, flags: int) -> Program:
+    async def then(steps: Steps, id: int) -> None:
+        handle = await steps.open(id, flags)
+        if handle is not None:
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                await steps.write(handle, b"W")
+            await steps.close(handle)
+        await steps.forget(id)
+        await steps.lookup(IDS["d"], name)
+
+    return on(name, then)
+
+
+@pytest.mark.parametrize("change", ["write", "unlink", "chmod", "away", "over-other", "link"])
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR], ids=["reads", "writes"])
+@pytest.mark.parametrize("name", ["low", "metal", "hard1", "solo"])
+def test_what_is_forgotten_is_found_again(place: Place, name: str, flags: int, change: str) -> None:
+    programs = [_opens_and_forgets(name, flags), orders.file_writers(name)[change]]
+    check(place, programs, prepare=[cold], limit=12, at_random=4)
+
+
+@pytest.mark.parametrize("change", ["away", "elsewhere", "chmod", "exchange"])
+@pytest.mark.parametrize("name", ["sub", "mixed", "tree"])
+def test_a_forgotten_directory_is_found_again(place: Place, name: str, change: str) -> None:
+    async def program(steps: Steps) -> None:
+        for where in ("d", "d", "e"):
+            found = await steps.lookup(IDS[where], name if where == "d" else ABSENT)
+            if found is not None:
+                await steps.list(found.ino, ())
+                await steps.forget(found.ino)
+
+    check(place, [program, orders.directory_writers(name)[change]], prepare=[cold], limit=15, at_random=5)
+
+
+# -- two writers of directories -------------------------------------------------------------------
+
+
+def _directory_changes() -> dict[str, Program]:
+    async def into_sub(steps: Steps, id: int) -> None:
+        await steps.rename(IDS["d"], "tree", id, "tree")
+
+    async def into_tree(steps: Steps, id: int) -> None:
+        await steps.rename(IDS["d"], "sub", id, "sub")
+
+    async def make_inside(steps: Steps, id: int) -> None:
+        await steps.create(id, "inside")
+
+    async def make_directory_inside(steps: Steps, id: int) -> None:
+        await steps.mkdir(id, "inside")
+
+    async def move_inside(steps: Steps, id: int) -> None:
+        await steps.rename(IDS["d"], "low", id, "low")
+
+    async def empty(steps: Steps, id: int) -> None:
+        for name in ("m", "n"):
+            await steps.lookup(id, name)
+            await steps.unlink(id, name)
+        await steps.rmdir(IDS["d"], "mixed")
+
+    return {
+        "tree-into-sub": inside("sub")(into_sub),
+        "sub-into-tree": inside("tree")(into_tree),
+        "make-in-void": inside("void")(make_inside),
+        "mkdir-in-void": inside("void")(make_directory_inside),
+        "move-into-void": inside("void")(move_inside),
+        "rmdir-void": rmdir("void"),
+        "udir-over-void": rename("udir", "void"),
+        "sub-over-void": rename("sub", "void"),
+        "void-away": rename("void", ABSENT),
+        "tree-void-exchange": rename("tree", "void", RENAME_EXCHANGE),
+        "empty-mixed": inside("mixed")(empty),
+        "mkdir-mixed": orders.mkdir("mixed"),
+        "mixed-over-void": rename("mixed", "void"),
+        "chmod-void": chmod("void"),
+    }
+
+
+@pytest.mark.parametrize(
+    "redirect_dir",
+    [pytest.param(True, id="redirects"), pytest.param(False, id="no-redirects", marks=pytest.mark.long)],
+)
+@pytest.mark.parametrize("one, two", list(itertools.combinations(_directory_changes(), 2)))
+def test_two_writers_of_directories(place: Place, one: str, two: str, redirect_dir: bool) -> None:
+    changes = _directory_changes()
+    programs = [changes[one], changes[two]]
+    check(place, programs, prepare=[cold], limit=6, at_random=2, redirect_dir=redirect_dir)
+
+
+# -- whiteouts as `.wh.` files --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("redirect_dir", [True, False], ids=["redirects", "no-redirects"])
+@pytest.mark.parametrize("name", ["low", "over", "up", "sub", "void", "mixed"])
+def test_file_whiteouts(place: Place, name: str, redirect_dir: bool) -> None:
+    """Each change alone, and each followed by each other one: every two steps of a name's life."""
+    if name in orders.DIRECTORIES:
+        changes = orders.directory_writers(name) | {"again": orders.mkdir(name)}
+    else:
+        changes = orders.file_writers(name) | {"again": create(name)}
+    for one, two in itertools.permutations(changes, 2):
+
+        async def both(steps: Steps, one: str = one, two: str = two) -> None:
+            await changes[one](steps)
+            await changes[two](steps)
+
+        forms = [
+            play(place, [both], [], None, atomic=True, prepare=cold, redirect_dir=redirect_dir, **form)[2]
+            for form in ({}, {"file_whiteouts": True})
+        ]
+        assert forms[0] == forms[1], f"{one}, {two}: {_unlike(forms[0].tree, forms[1].tree)}"
+
+
+@pytest.mark.parametrize("two", ["unlink", "away", "over-other", "other-over", "exchange", "write"])
+@pytest.mark.parametrize("one", ["unlink", "other-over", "exchange"])
+def test_file_whiteouts_in_every_order(place: Place, one: str, two: str) -> None:
+    both = orders.file_writers("low")
+    check(place, [both[one], both[two]], prepare=[cold], limit=8, at_random=3, file_whiteouts=True)
 
 
 # -- a name that is used again while its old file is copied ----------------------------------------

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,22 +110,21 @@ class Place:
                 found.append((str(path), st.st_ctime_ns, st.st_mtime_ns))
         return found
 
-    def fresh(self, empty_upper: bool = False) -> tuple[str, str]:
+    def fresh(self) -> tuple[str, str]:
         here = self.base / f"run{next(self._number)}"
         upper, work = here / "upper", here / "work"
         upper.mkdir(parents=True)
         work.mkdir()
-        if not empty_upper:
-            (upper / "d").mkdir()
-            _file(upper / "d/up", "up")
-            _file(upper / "d/over", "over, in the upper")
-            (upper / "d/udir").mkdir()
-            (upper / "d/mixed").mkdir()
-            _file(upper / "d/mixed/n", "n")
-            _file(upper / "d/metal", "")
-            os.truncate(upper / "d/metal", (self.lowers[1] / "d/metal").stat().st_size)
-            os.setxattr(upper / "d/metal", NAMES.metacopy, b"")
-            _age(upper)
+        (upper / "d").mkdir()
+        _file(upper / "d/up", "up")
+        _file(upper / "d/over", "over, in the upper")
+        (upper / "d/udir").mkdir()
+        (upper / "d/mixed").mkdir()
+        _file(upper / "d/mixed/n", "n")
+        _file(upper / "d/metal", "")
+        os.truncate(upper / "d/metal", (self.lowers[1] / "d/metal").stat().st_size)
+        os.setxattr(upper / "d/metal", NAMES.metacopy, b"")
+        _age(upper)
         return str(upper), str(work)
 
     def drop(self, upper: str) -> None:
@@ -184,12 +183,18 @@ class World:
     """One run: a mounted-like Vfs over a fresh upper, and what the programs in it did."""
 
     def __init__(
-        self, place: Place, scheduler: Scheduler, *, redirect_dir: bool = True, empty_upper: bool = False
+        self,
+        place: Place,
+        scheduler: Scheduler,
+        *,
+        redirect_dir: bool = True,
+        file_whiteouts: bool = False,
     ) -> None:
         self.place = place
         self.scheduler = scheduler
         self.options = {"redirect_dir": redirect_dir}
-        self.upper_path, self.work_path = place.fresh(empty_upper)
+        self._file_whiteouts = file_whiteouts
+        self.upper_path, self.work_path = place.fresh()
         self.gate = KnowingGate()
         self.vfs = self._open(self.gate)
         #: what a kernel would hold: node -> lookups
@@ -201,6 +206,8 @@ class World:
         stack = Stack([str(layer) for layer in self.place.lowers], self.upper_path, NAMES)
         assert stack.upper is not None
         upper = Upper(stack.upper, self.work_path, NAMES, volatile=False)
+        if self._file_whiteouts:  # as where mknod is not allowed
+            upper.ability = replace(upper.ability, whiteouts="file")
         return Vfs(stack, upper, self.scheduler, gate=gate, **self.options)  # type: ignore[arg-type]
 
     def _close(self, vfs: Vfs) -> None:
@@ -436,6 +443,19 @@ class Steps:
 
     async def setxattr(self, id: int, name: str, value: bytes) -> None:
         await self._do("setxattr", self.vfs.setxattr(id, name.encode(), value, self.person))
+
+    async def forget(self, id: int, count: int = 1) -> None:
+        """The kernel drops what it was told by lookups."""
+        await boundary()
+        self.world.lookups[id] -= count
+        if not self.world.lookups[id]:
+            del self.world.lookups[id]
+        self.vfs.forget(id, count)
+
+    async def close(self, handle: Any) -> None:
+        await boundary()
+        self.world.handles.remove(handle.id)
+        self.vfs.files.release(handle.id)
 
     async def signal(self, other: Steps) -> None:
         """A signal reaches the caller of `other`."""
