@@ -218,9 +218,9 @@ def test_redirects_upon_redirects(make_stack: type[Stack]) -> None:
             where, file = f"moved{number}", f"moved{number}/big{number}"
             live = work.look(m.mnt)
             if number % 2 == 0:
-                os.mkdir(m.mnt / f"moved{number}" / "again")
-                os.rename(m.mnt / f"moved{number}" / "c", m.mnt / f"moved{number}" / "again" / "c2")
-                os.rename(m.mnt / f"moved{number}" / "again" / "c2", m.mnt / f"moved{number}" / "c")
+                os.mkdir(m.mnt / f"moved{number}" / f"again{number}")
+                os.rename(m.mnt / f"moved{number}" / "c", m.mnt / f"moved{number}" / f"again{number}" / "c2")
+                os.rename(m.mnt / f"moved{number}" / f"again{number}" / "c2", m.mnt / f"moved{number}" / "c")
                 live = work.look(m.mnt)
         with in_kernel(stack, "index=off") as kernel:
             assert_equal(live, work.look(kernel.mnt), labels=("writer", "kernel"), message=f"round {number}")
@@ -276,11 +276,11 @@ def overlay_xattrs(upper: Path, prefix: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "options", ["redirect_dir=off,metacopy=off", "redirect_dir=off", "metacopy=off"], ids=lambda o: str(o)
+    "options", ["redirect_dir=off,metacopy=off", "redirect_dir=off", "metacopy=off"], ids=str
 )
 def test_without_redirects_or_metacopy(make_stack: type[Stack], options: str) -> None:
-    """Everything works all the same (no EXDEV); the upper holds none of the marks that were ruled out, and the
-    kernel reads it with the same options.
+    """Everything works all the same (no EXDEV); the upper holds none of the marks that were ruled out, and
+    the kernel reads it with the same options.
     """
     began = time.time_ns()
     stack, other = make_stack(n_lowers=2), make_stack()
@@ -374,7 +374,7 @@ os.chmod(p / "big-chmod", 0o600)
 os.rename(p / "big-renamed", p / "big-new-name")
 os.truncate(p / "big-cut", 12345)
 os.rename(p / "symlink-moved", p / "dir" / "symlink-here")
-os.unlink(p / "symlink"); os.symlink("again", p / "symlink")
+os.unlink(p / "symlink"); os.symlink(f"again{number}", p / "symlink")
 os.unlink(p / "gone")
 os.unlink(p / "back"); (p / "back").write_text("back")
 write(p / "link-a", b"LINKED")
