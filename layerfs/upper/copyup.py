@@ -194,14 +194,13 @@ def _copy_xattrs(upper: Upper, source: Source, target: bytes) -> None:
 
 
 def publish(upper: Upper, temporary: bytes, parent: OwnedFd, name: bytes, *, replace: bool) -> None:
-    """Shows a finished copy: one rename. The parent's times are what they were; it is marked impure.
+    """Shows a finished copy: one rename. The parent, which the caller has marked impure, keeps its times.
 
     `replace`: the upper has the object already, without its data. Raises OSError; the temporary is then
     removed."""
     work = upper.work.fd.fd
     before = os.fstat(parent.fd)
     try:
-        upper.set_impure(parent)
         if replace:
             os.rename(temporary, name, src_dir_fd=work, dst_dir_fd=parent.fd)
         else:

@@ -89,10 +89,11 @@ def _finish(work: WorkDir, upper: OwnedFd, journal: str, marks: XattrNames) -> N
             before = os.fstat(parent.fd)
             os.link(temporary, name, src_dir_fd=work.fd.fd, dst_dir_fd=parent.fd, follow_symlinks=False)
             # As the copy-up would have: the recorded number is looked for only in marked directories.
-            try:
-                os.setxattr(fd_path(parent.fd), marks.impure, b"y")
-            except PermissionError:
-                pass
+            for mark in (marks.numbers, marks.impure):
+                try:
+                    os.setxattr(fd_path(parent.fd), mark, b"y")
+                except PermissionError:
+                    pass
             os.utime(fd_path(parent.fd), ns=(before.st_atime_ns, before.st_mtime_ns))
         except (FileExistsError, FileNotFoundError):
             continue  # linked before the crash, or the work was done and the temporary is gone

@@ -128,17 +128,21 @@ class Upper:
         """Marks a directory that holds objects with an origin: the kernel, and we, then look for their
         numbers when listing.
         """
-        try:
-            os.setxattr(fd_path(directory.fd), self.names.impure, b"y")
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EACCES):
-                raise
+        for mark in (self.names.numbers, self.names.impure):
+            try:
+                os.setxattr(fd_path(directory.fd), mark, b"y")
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EACCES):
+                    raise
 
-    def is_impure(self, directory: OwnedFd) -> bool:
+    def impurity(self, directory: OwnedFd) -> tuple[bool, bool]:
+        """Whether numbers must be looked for in a directory, and whether it carries our own mark for that."""
         try:
-            return os.getxattr(fd_path(directory.fd), self.names.impure) == b"y"
+            present = os.listxattr(fd_path(directory.fd))
         except OSError:
-            return False
+            return False, False
+        own = self.names.numbers in present
+        return own or self.names.impure in present, own
 
     def is_metacopy(self, parent: int, name: bytes) -> bool:
         try:
@@ -167,7 +171,8 @@ class Upper:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EACCES):
                 raise
             real = os.stat(name, dir_fd=parent, follow_symlinks=False).st_ino
-            self.inode_log.put(parent, name, real, ino)
+            if self.inode_log.get(parent, name, real) != ino:
+                self.inode_log.put(parent, name, real, ino)
 
     def recorded_ino(self, parent: int, name: bytes, real: int) -> int | None:
         try:

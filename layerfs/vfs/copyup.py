@@ -91,6 +91,14 @@ class CopyUp:
             self._one_directory(here)
         return self.tree.upper_fd(directory)
 
+    def mark_impure(self, directory: Directory) -> None:
+        """Before an object that shows another number than its own comes into an upper directory. Raises
+        OSError.
+        """
+        if not directory.marked:
+            self.upper.set_impure(self.tree.upper_fd(directory))
+            directory.impure = directory.marked = True
+
     def _removed_directory(self, directory: Directory) -> OwnedFd:
         """A lower directory that was removed while somebody has it open can still be given attributes: by a
         copy without a name.
@@ -117,8 +125,12 @@ class CopyUp:
         temporary = copyup.make_directory(self.upper, source)
         parent_fd = self.tree.upper_fd(parent)
         parent_ctime = self.tree.shown_ctime(parent)
+        try:
+            self.mark_impure(parent)
+        except OSError:
+            self.upper.discard(temporary)
+            raise
         copyup.publish(self.upper, temporary, parent_fd, directory.name, replace=False)
-        parent.impure = True
         self._moved_up(directory, parent, directory.name)
         self.tree.keep_ctime(parent, parent_ctime)
         self.tree.keep_ctime(directory, st.st_ctime_ns)
@@ -310,6 +322,8 @@ class CopyUp:
             parent = node.parent
             parent_fd = self.directory(parent) if parent is not None else None
             parent_ctime = self.tree.shown_ctime(parent) if parent is not None else 0
+            if parent is not None:
+                self.mark_impure(parent)
         except OSError:
             self.upper.discard(copy.temporary)
             raise
@@ -324,7 +338,6 @@ class CopyUp:
             replace = node.in_upper
             assert parent_fd is not None
             copyup.publish(self.upper, copy.temporary, parent_fd, name, replace=replace)
-            parent.impure = True
             self.tree.keep_ctime(parent, parent_ctime)
         node.metacopy = metacopy
         self._moved_up(node, parent, name)
@@ -353,8 +366,7 @@ class CopyUp:
                 fd = self.tree.upper_fd(directory)
                 before = os.fstat(fd.fd)
                 ctime = self.tree.shown_ctime(directory)
-                self.upper.set_impure(fd)
-                directory.impure = True
+                self.mark_impure(directory)
                 os.link(copy.temporary, name, src_dir_fd=work, dst_dir_fd=fd.fd, follow_symlinks=False)
                 step("links.linked")
                 copyup.restore_times(fd, before)

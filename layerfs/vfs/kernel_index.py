@@ -50,11 +50,10 @@ async def adopt(tree: Tree, upper: Upper, copyup: CopyUp, links: LinkIndex) -> N
         try:
             fd = copyup.directory(directory)
             before = os.fstat(fd.fd)
+            copyup.mark_impure(directory)
             _count_one_more(upper, index, copy, lower_links)
             os.link(copy, name, src_dir_fd=index.fd, dst_dir_fd=fd.fd, follow_symlinks=False)
-            upper.set_impure(fd)
             restore_times(fd, before)
-            directory.impure = True
             if directory.merged is not None:
                 entry = directory.merged.names[name]
                 entry.home, entry.node = None, None

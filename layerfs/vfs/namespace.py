@@ -179,8 +179,11 @@ class Namespace:
         fd, source = self.tree.where(node)
         over_device = name in merged.devices
         if self.names.has_origin(node):
-            self.upper.set_impure(parent_fd)
-            parent.impure = True
+            self.copyup.mark_impure(parent)
+            if source:
+                # Where kernel overlayfs copied it up, its number was found by its path; several names need a
+                # record.
+                self.upper.record_ino(fd.fd, source, node.id)
 
         def link_to(directory: int, target: bytes) -> None:
             if source:

@@ -68,7 +68,16 @@ class Node:
 
 
 class Directory(Node):
-    __slots__ = ("generation", "impure", "loading", "lower_path", "lowers", "merged", "upper_region")
+    __slots__ = (
+        "generation",
+        "impure",
+        "loading",
+        "lower_path",
+        "lowers",
+        "marked",
+        "merged",
+        "upper_region",
+    )
 
     def __init__(self, id: NodeId, parent: Directory | None, name: bytes) -> None:
         super().__init__(id, parent, name)
@@ -81,6 +90,8 @@ class Directory(Node):
         self.loading: trio.Event | None = None
         #: whether the upper directory is marked to hold objects with recorded numbers; None: not looked yet
         self.impure: bool | None = None
+        #: the mark is there, and it is ours (the kernel may take its own away)
+        self.marked = False
         #: region of the upper that its upper part lies in; None: not looked yet
         self.upper_region: bytes | None = None
         #: raised by every change of its names (see `gate`)

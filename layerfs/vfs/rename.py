@@ -202,8 +202,7 @@ class Rename:
         parent_fd = self.copyup.directory(parent)
         # The number was made from the lower that it no longer has.
         self.upper.record_ino(parent_fd.fd, directory.name, directory.id)
-        self.upper.set_impure(parent_fd)
-        parent.impure = True
+        self.copyup.mark_impure(parent)
         self.upper.set_opaque(parent_fd.fd, directory.name)
         self.upper.drop_redirect(parent_fd.fd, directory.name)
         self.upper.drop_whiteouts(fd, merged)
@@ -226,7 +225,7 @@ class Rename:
         over_device = new_name in target_merged.devices
         lower_at_target = target_merged.hides(new_name) or (target is not None and target.entry.lower)
         self._mark_moving(source, old_fd, lower_at_target)
-        self._mark_parent(source, new_parent, new_fd)
+        self._mark_parent(source, new_parent, old_fd)
         pin: OwnedFd | None = None
         target_in_upper = target is not None and target.entry.home is None
         if target is not None and target_in_upper:
@@ -270,8 +269,8 @@ class Rename:
         one_lower, two_lower = one.entry.lower, two.entry.lower
         self._mark_moving(one, one_fd, two_lower)
         self._mark_moving(two, two_fd, one_lower)
-        self._mark_parent(one, two.parent, two_fd)
-        self._mark_parent(two, one.parent, one_fd)
+        self._mark_parent(one, two.parent, one_fd)
+        self._mark_parent(two, one.parent, two_fd)
         if self.upper.ability.whiteouts == "file":
             # Files beside a `.wh.` of their own name hide their lowers, whatever lies there after the
             # exchange.
@@ -309,8 +308,10 @@ class Rename:
     def _mark_parent(self, place: _Place, parent: Directory, fd: OwnedFd) -> None:
         """Before something moves, as this may find no room; one mark too many does no harm."""
         if self.names.has_origin(place.node):
-            self.upper.set_impure(fd)
-            parent.impure = True
+            self.copyup.mark_impure(parent)
+            if isinstance(place.node, File):
+                # Where kernel overlayfs copied it up it has none yet: its number was found by its old path.
+                self.upper.record_ino(fd.fd, place.name, place.node.id)
 
     def _data_path(self, node: File, name: bytes) -> bytes:
         """Path, in the tree of the lowers, of the file whose data a metadata-only file shows."""

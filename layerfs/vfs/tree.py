@@ -269,7 +269,7 @@ class Tree:
             if recorded is not None and numbers.storable(recorded):
                 return Ino(recorded)
             found = self.upper.origin_of(directory.fd, name)
-            if found is not None:
+            if found is not None and self._has_one_name(directory, name):
                 number = self._origin_number(parent, name, found)
                 if number is not None:
                     return number
@@ -279,8 +279,15 @@ class Tree:
     def is_impure(self, directory: Directory) -> bool:
         if directory.impure is None:
             fd = self.upper_fd(directory) if directory.in_upper else None
-            directory.impure = fd is not None and self.upper is not None and self.upper.is_impure(fd)
+            directory.impure = False
+            if fd is not None and self.upper is not None:
+                directory.impure, directory.marked = self.upper.impurity(fd)
         return directory.impure
+
+    @staticmethod
+    def _has_one_name(directory: OwnedFd, name: bytes) -> bool:
+        """The number of an origin depends on the path it is found at, so it will not do for several names."""
+        return os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_nlink == 1
 
     def _origin_number(self, parent: Directory, name: bytes, found: origin_codec.Origin) -> Ino | None:
         """The number for an upper object that another overlay copied up: the lower inode number in its
