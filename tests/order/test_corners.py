@@ -222,10 +222,16 @@ def _reads_twice(name: str) -> Program:
 
 
 @pytest.mark.parametrize("change", ["write", "truncate", "unlink", "other-over", "exchange", "link"])
-@pytest.mark.parametrize("name", ["low", "metal", "hard1"])
+@pytest.mark.parametrize("name", ["low", "metal", "hard1", "twice"])
 def test_a_descriptor_for_reading_shows_what_is_written(place: Place, name: str, change: str) -> None:
     programs = [_reads_twice(name), orders.file_writers(name)[change]]
     check(place, programs, prepare=[cold], limit=15, at_random=5)
+
+
+@pytest.mark.parametrize("name", ["low", "metal", "hard1", "twice"])
+def test_a_file_that_is_emptied_is_never_seen_as_a_hole(place: Place, name: str) -> None:
+    programs = [_reads_twice(name), truncate(name, 0)]
+    check(place, programs, prepare=[cold], limit=40, at_random=10)
 
 
 def _opens_and_forgets(name: str, flags: int) -> Program:
@@ -442,13 +448,13 @@ def _open(name: str = "low") -> Program:
     return on(name, lambda steps, id: steps.open(id, os.O_RDWR))
 
 
-@pytest.mark.parametrize("name", ["low", "metal", "hard1"])
+@pytest.mark.parametrize("name", ["low", "metal", "hard1", "twice"])
 def test_a_signal_ends_waiting_and_leaves_nothing(place: Place, name: str) -> None:
     assert "EINTR" in _with_signals(place, [_open(name)], [0], limit=60, at_random=20)
 
 
 @pytest.mark.parametrize("other", ["open", "cut"])
-@pytest.mark.parametrize("name", ["low", "metal"])
+@pytest.mark.parametrize("name", ["low", "metal", "twice"])
 def test_one_of_two_waiters_is_interrupted(place: Place, name: str, other: str) -> None:
     """The other one gets what he asked for, whoever began the copy and however much of it was to be
     copied.

@@ -16,7 +16,7 @@ from .world import Place, Program, Steps, a_place, check
 
 IDS: dict[str, int] = {}
 
-FILES = ("low", "both", "over", "up", "metal", "hard1", "solo", "link")
+FILES = ("low", "both", "over", "up", "metal", "hard1", "solo", "link", "twice")
 DIRECTORIES = ("void", "sub", "tree", "mixed", "udir")
 ABSENT = "new"
 

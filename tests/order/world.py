@@ -78,6 +78,7 @@ class Place:
             (layer / "e").mkdir()
         _file(bottom / "d/low", "low in the bottom")
         _file(bottom / "d/metal", "data of a file that has attributes only above")
+        _file(bottom / "d/data", "data of a file with two names that has attributes only above")
         _file(bottom / "d/both", "both, below")
         _file(top / "d/both", "both, on top")
         _file(bottom / "d/over", "over, below")
@@ -124,6 +125,12 @@ class Place:
         _file(upper / "d/metal", "")
         os.truncate(upper / "d/metal", (self.lowers[1] / "d/metal").stat().st_size)
         os.setxattr(upper / "d/metal", NAMES.metacopy, b"")
+        # Kernel overlayfs leaves such a file after ln, chmod.
+        _file(upper / "d/twice", "")
+        os.truncate(upper / "d/twice", (self.lowers[1] / "d/data").stat().st_size)
+        os.setxattr(upper / "d/twice", NAMES.metacopy, b"")
+        os.setxattr(upper / "d/twice", NAMES.redirect, b"/d/data")
+        os.link(upper / "d/twice", upper / "d/twice2")
         _age(upper)
         return str(upper), str(work)
 
