@@ -1,8 +1,9 @@
 """Copy-up: making an upper object out of a lower one, complete in the work directory before it is seen.
 
-Order of what is set, and why: data first (writing clears privileges and moves mtime); owner before mode
-(chown clears setuid); mode before ACLs (an access ACL rewrites the group bits) and capabilities last of the
-xattrs' worries (chown and write drop security.capability); times at the very end.
+Order of what is set, and why: data first (writing clears privileges and moves mtime); owner before mode and
+capabilities (chown clears setuid and drops security.capability); mode after all xattrs, because an ordinary
+user needs write permission on a file to set user.* ones, and its group bits are those of the ACL's mask
+anyway; times at the very end.
 """
 
 from __future__ import annotations
@@ -137,21 +138,21 @@ def make_directory(upper: Upper, source: Source) -> bytes:
 def _copy_attributes(upper: Upper, source: Source, temporary: bytes, *, metacopy: bool) -> None:
     work = upper.work.fd.fd
     st = source.st
-    if st.st_uid != os.geteuid() or st.st_gid != os.getegid():
+    path = at_path(work, temporary)
+    made = os.stat(temporary, dir_fd=work, follow_symlinks=False)
+    if (st.st_uid, st.st_gid) != (made.st_uid, made.st_gid):
         os.chown(temporary, st.st_uid, st.st_gid, dir_fd=work, follow_symlinks=False)
-    if not stat.S_ISLNK(st.st_mode):
-        os.chmod(at_path(work, temporary), stat.S_IMODE(st.st_mode))
-    _copy_xattrs(upper, source, at_path(work, temporary))
+    _copy_xattrs(upper, source, path)
     names = upper.names
     if metacopy:
-        os.setxattr(at_path(work, temporary), names.metacopy, b"", follow_symlinks=False)
+        os.setxattr(path, names.metacopy, b"", follow_symlinks=False)
     _set_origin(upper, source, temporary)
     if not stat.S_ISDIR(st.st_mode):
         upper.record_ino(work, temporary, source.ino)
         if st.st_nlink > 1:
-            _optional(
-                lambda: os.setxattr(at_path(work, temporary), names.nlink, b"U+0", follow_symlinks=False)
-            )
+            _optional(lambda: os.setxattr(path, names.nlink, b"U+0", follow_symlinks=False))
+    if not stat.S_ISLNK(st.st_mode):
+        os.chmod(path, stat.S_IMODE(st.st_mode))
     os.utime(temporary, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=work, follow_symlinks=False)
 
 

@@ -10,6 +10,7 @@ WORK/                     the directory the user names
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
@@ -17,6 +18,7 @@ import stat
 
 from layerfs.errors import BusyError, MountError
 from layerfs.fdutil import OwnedFd
+from layerfs.overlay import acl
 
 #: Lock file in the work directory, held with flock(2) by a live mount; so is the upper directory itself.
 LOCK_NAME = "layerfs.lock"
@@ -26,6 +28,7 @@ VOLATILE_MARK = "work/incompat/volatile"
 #: Prefix of directories that are being removed; read as a whiteout of an impossible name if a crash leaves
 #: one.
 _ASIDE = b".wh..wh.removed-"
+_aside = itertools.count()
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -68,7 +71,12 @@ class WorkDir:
             pass
         except OSError as error:
             raise MountError(f"work directory {self.path}: {error.strerror}", error.errno) from error
-        return OwnedFd(os.open(name, _DIRECTORY, dir_fd=self.base.fd))
+        directory = OwnedFd(os.open(name, _DIRECTORY, dir_fd=self.base.fd))
+        try:
+            _inherit_nothing(directory, mode)
+        except OSError as error:
+            raise MountError(f"work directory {self.path}: {error.strerror}", error.errno) from error
+        return directory
 
     def prepare(self, volatile: bool) -> None:
         """Removes what a crash left and sets the volatile marker when asked. Raises OSError."""
@@ -86,6 +94,23 @@ class WorkDir:
         return b"#%x" % next(self._counter)
 
 
+def _inherit_nothing(directory: OwnedFd, mode: int) -> None:
+    """What is made in the work directory must inherit nothing but from where it goes: neither a default ACL
+    nor the group of a setgid directory (fs/overlayfs/super.c ovl_workdir_create). Raises OSError.
+    """
+    for attribute in (acl.DEFAULT, acl.ACCESS):
+        try:
+            os.removexattr(directory.fd, attribute)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+    st = os.fstat(directory.fd)
+    if st.st_gid != os.getegid():
+        os.fchown(directory.fd, -1, os.getegid())
+    if stat.S_IMODE(st.st_mode) != mode:
+        os.fchmod(directory.fd, mode)
+
+
 def remove_tree(parent: int, name: bytes) -> None:
     """Removes `name` in `parent` with all below it; never follows a link, never leaves the tree. Missing is
     fine.
@@ -93,7 +118,6 @@ def remove_tree(parent: int, name: bytes) -> None:
     Trees may be deeper than Python's stack or PATH_MAX: directories are first moved up beside `name`, under
     names that no view shows. Raises OSError."""
     todo = [name]
-    moved = 0
     while todo:
         here = todo.pop()
         try:
@@ -109,8 +133,7 @@ def remove_tree(parent: int, name: bytes) -> None:
             try:
                 os.unlink(child, dir_fd=directory.fd)
             except IsADirectoryError:
-                moved += 1
-                aside = _ASIDE + b"%d" % moved
+                aside = _ASIDE + b"%d" % next(_aside)
                 os.rename(child, aside, src_dir_fd=directory.fd, dst_dir_fd=parent)
                 todo.append(aside)
         os.rmdir(here, dir_fd=parent)

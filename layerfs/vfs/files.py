@@ -150,7 +150,7 @@ class Files:
         if count < size and offset + count < os.fstat(fd.fd).st_size:
             # Not all of it is in the page cache: the rest may take the disk's time.
             view = memoryview(buffer)[count:]
-            rest = partial(os.preadv, fd.fd, [view], offset + count)
+            rest = partial(_read_all, fd.fd, view, offset + count)
             count += await trio.to_thread.run_sync(rest, limiter=self._io)
         return memoryview(buffer)[:count]
 
@@ -164,9 +164,18 @@ class Files:
         if node.privileged:
             self._clear_setid(node, fd)
         self.tree.changed(node)
+        write = partial(_write_all, fd.fd, data, offset)
         if len(data) <= _INLINE_WRITE and not handle.sync:
-            return os.pwrite(fd.fd, data, offset)
-        return await trio.to_thread.run_sync(partial(_write_all, fd.fd, data, offset), limiter=self._io)
+            written, failure = write()
+        else:
+            written, failure = await trio.to_thread.run_sync(write, limiter=self._io)
+        if failure is not None:
+            if not written:
+                fail(failure)
+            # A short count is the right answer to write(2), but the kernel does not look at it when it writes
+            # back a mapping (fs/fuse/file.c fuse_writepage_end): the next fsync or msync tells.
+            node.failure = failure
+        return written
 
     def _clear_setid(self, node: File, fd: OwnedFd) -> None:
         """A write takes setuid away, and setgid of an executable (write(2), inode(7)); capabilities the
@@ -182,6 +191,9 @@ class Files:
         """Raises OSError: also errors of earlier write-back."""
         handle = self._handle(id)
         node, fd = handle.node, handle.fd
+        if node.failure is not None:
+            failure, node.failure = node.failure, None
+            fail(failure)
         if not node.in_upper or self.upper is None or self.upper.volatile:
             return
         if self.tree.is_metacopy(node):
@@ -227,14 +239,26 @@ class Files:
         del fd
 
 
-def _write_all(fd: int, data: bytes, offset: int) -> int:
+def _read_all(fd: int, view: memoryview, offset: int) -> int:
+    """Fills `view` or reads to the end. A short answer means "end of file" to the kernel, which cuts the size
+    it knows: an error after some bytes is raised.
+    """
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> tuple[int, int | None]:
+    """Writes until all is written or an error stops it: (bytes written, errno)."""
     view = memoryview(data)
     written = 0
     while written < len(data):
         try:
             written += os.pwrite(fd, view[written:], offset + written)
-        except OSError:
-            if written:
-                return written
-            raise
-    return written
+        except OSError as error:
+            return written, error.errno or errno.EIO
+    return written, None

@@ -80,9 +80,9 @@ class Namespace:
             temporary = self.upper.work.temporary()
             fd = self._make_object(work.fd, temporary, new, flags)
             try:
-                self._own(work.fd, temporary, parent_fd, new, caller)
                 if is_dir and hidden:
                     self.upper.set_opaque(work.fd, temporary)
+                self._own(work.fd, temporary, parent_fd, new, caller)
             except OSError:
                 self.upper.discard(temporary)
                 raise
@@ -123,7 +123,8 @@ class Namespace:
             gid = above.st_gid
             if stat.S_ISDIR(mode):
                 mode |= stat.S_ISGID
-        if (uid, gid) != (self._uid, self._gid):
+        made = os.stat(temporary, dir_fd=work, follow_symlinks=False)
+        if (uid, gid) != (made.st_uid, made.st_gid):
             os.chown(temporary, uid, gid, dir_fd=work, follow_symlinks=False)
         if stat.S_ISLNK(mode):
             return

@@ -101,13 +101,15 @@ class Directory(Node):
 class File(Node):
     """Everything that is not a directory."""
 
-    __slots__ = ("handles", "is_regular", "job", "lookup_dirs", "metacopy", "privileged")
+    __slots__ = ("failure", "handles", "is_regular", "job", "lookup_dirs", "metacopy", "privileged")
 
     def __init__(self, id: NodeId, parent: Directory | None, name: bytes) -> None:
         super().__init__(id, parent, name)
         self.is_regular = False
         self.handles: set[Handle] | None = None
         self.job: Job | None = None
+        #: errno of a write that stopped short, to be told by the next fsync
+        self.failure: int | None = None
         #: in the upper with attributes only; None: not looked yet
         self.metacopy: bool | None = None
         #: where the data of a metadata-only file are looked for when it has no redirect

@@ -425,14 +425,15 @@ class Tree:
     def is_metacopy(self, node: File) -> bool:
         if node.metacopy is None:
             path, follow, _keep = self.real_path(node)
+            # Listing needs no permission on the file, getting does. On anything but a regular file the mark
+            # means nothing (fs/overlayfs/namei.c ovl_check_metacopy_xattr).
             try:
-                os.getxattr(path, self.stack.names.metacopy, follow_symlinks=follow)
-                # On anything else it means nothing (fs/overlayfs/namei.c ovl_check_metacopy_xattr).
-                node.metacopy = stat.S_ISREG(self.stat_real(node).st_mode)
+                present = self.stack.names.metacopy in os.listxattr(path, follow_symlinks=follow)
             except OSError as error:
-                if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                if error.errno != errno.EOPNOTSUPP:
                     raise
-                node.metacopy = False
+                present = False
+            node.metacopy = present and stat.S_ISREG(self.stat_real(node).st_mode)
         return node.metacopy
 
     # -- loading ----------------------------------------------------------------------------------
