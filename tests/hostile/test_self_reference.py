@@ -254,6 +254,35 @@ def test_file_systems_inside_a_lower_are_not_shown(box: Box) -> None:
             mounts.umount(box.lowers[0] / name, mounts.MNT_DETACH)
 
 
+def test_file_systems_inside_a_lower_of_an_ordinary_user(
+    ordinary_user: tuple[int, int], make_stack: type[Stack]
+) -> None:
+    """Who may not clone mounts may see what is mounted in there; but no file is taken for another."""
+    stack = make_stack(owner=ordinary_user)
+    inside = [fill(stack.lowers[0] / name) for name in ("one", "two")]
+    for path in inside:
+        mounts.mount("none", path, "tmpfs")
+        fill(path, "f").chmod(0o755)
+        (path / "f").write_text(path.name)
+        os.chmod(path / "f", 0o644)
+    try:
+        with Layerfs(stack, as_user=ordinary_user) as m:
+            script = (
+                f"cd {m.mnt}; exec 3<one/f; exec 4<two/f; cat <&3; echo; cat <&4; echo;"
+                "stat -c %i one/f two/f;"
+                "touch one/new two/new; mv one uno; ls uno"
+            )
+            done = m.run("sh", "-c", script)
+            lines = done.stdout.splitlines()
+            if lines:
+                assert lines[:2] == ["one", "two"] and lines[2] != lines[3], (lines, done.stderr)
+            assert m.run("touch", str(m.mnt / "alive")).returncode == 0
+        assert [names(path) for path in inside] == [["f"], ["f"]]
+    finally:
+        for path in inside:
+            mounts.umount(path)
+
+
 def test_lower_unmounted_while_mounted(box: Box) -> None:
     """`umount -l` of a lower's file system takes nothing from the mount; at the end it is free."""
     mounts.mount("none", box.lowers[0], "tmpfs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
@@ -98,6 +99,72 @@ def test_layers_on(lower: str, upper: str, wanted: tuple[object, int]) -> None:
                 assert_equal(live, work.look(kernel.mnt), labels=("layerfs", "kernel"))
         if upper != "same" and stack.upper is not None:
             subprocess.run(["rm", "-rf", stack.upper, stack.work], check=True)  # type: ignore[list-item]
+
+
+def test_whiteouts_as_files(make_stack: type[Stack], wanted: tuple[object, int]) -> None:
+    """An upper on a kernel overlay, where no device 0/0 can be made: whiteouts are `.wh.` files, the rest is
+    the same. Then that upper where devices can be made, and both forms stand side by side.
+    """
+    outer, stack = make_stack(), make_stack(n_lowers=2)
+    work.lay_out(stack)
+    long_name = "n" * 255
+    (stack.lowers[1] / long_name).write_text("long")
+    with lowers_guard(stack.lowers):
+        with KernelOverlay(outer) as kernel:
+            stack.upper, stack.work = kernel.mnt / "upper", kernel.mnt / "work"
+            stack.upper.mkdir()
+            stack.work.mkdir()
+            with Layerfs(stack) as m:
+                try:
+                    os.unlink(m.mnt / long_name)
+                except OSError as error:
+                    assert error.errno == errno.ENAMETOOLONG  # no room for `.wh.`, and nothing is done
+                    assert (m.mnt / long_name).read_text() == "long"
+                    os.rename(m.mnt / "untouched", m.mnt / "untouched-moved")
+                    os.rename(m.mnt / "untouched-moved", m.mnt / "untouched")
+                gone = not (m.mnt / long_name).exists()
+                work.work_in(m.mnt)
+                live = work.look(m.mnt)
+                numbers = work.unique_numbers(m.mnt)
+                m.remount()
+                assert_equal(live, work.look(m.mnt), message="after remount")
+                assert work.unique_numbers(m.mnt) == numbers
+            live.pop(os.fsencode(long_name), None)
+            assert_equal(wanted[0], live, recent_ns=wanted[1], labels=("plain", "layerfs"))  # type: ignore[arg-type]
+        stack.upper, stack.work = outer.upper / "upper", outer.upper / "work"  # type: ignore[operator]
+        with Layerfs(stack) as m:
+            if not gone:
+                os.unlink(m.mnt / long_name)
+            os.rename(m.mnt / "dir", m.mnt / "gone-dir")
+            os.mkdir(m.mnt / "dir")
+            os.unlink(m.mnt / "untouched")
+            (m.mnt / "gone").write_text("again")
+            live = work.look(m.mnt)
+            m.remount()
+            assert_equal(live, work.look(m.mnt), message="after remount, both forms")
+
+
+def test_upper_unmounted_while_mounted(make_stack: type[Stack]) -> None:
+    """`umount -l` of the upper's file system: the mount goes on, and ends cleanly."""
+    stack = make_stack(n_lowers=2)
+    work.lay_out(stack)
+    base = stack.dir / "tmpfs"
+    base.mkdir()
+    mounts.mount("none", base, "tmpfs")
+    stack.upper, stack.work = base / "upper", base / "work"
+    stack.upper.mkdir()
+    stack.work.mkdir()
+    keep = os.open(stack.upper, os.O_RDONLY)
+    try:
+        with Layerfs(stack) as m:
+            (m.mnt / "before").write_text("before")
+            mounts.umount(base, mounts.MNT_DETACH)
+            work.work_in(m.mnt)
+            assert (m.mnt / "before").read_text() == "before"
+            names = set(os.listdir(m.mnt))
+        assert "before" in names and {"before", "arrived"} <= set(os.listdir(keep))
+    finally:
+        os.close(keep)
 
 
 def test_lowers_on_several_file_systems(make_stack: type[Stack]) -> None:
