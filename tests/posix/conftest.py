@@ -22,7 +22,7 @@ from tests.support import mounts
 from tests.support.stack import ARRANGEMENTS, Stack
 
 from . import known
-from .place import STANDARD, Place
+from .place import STANDARD, Place, oracle, possible
 
 SYSTEMS = ["plain", *(f"kernel-{a}" for a in ARRANGEMENTS), *(f"layerfs-{a}" for a in ARRANGEMENTS)]
 
@@ -56,14 +56,14 @@ def directory_of(item: pytest.Function) -> str:
 @pytest.fixture(scope="module")
 def mounted(request: pytest.FixtureRequest) -> Iterator[mounts.Mounted]:
     system, _, arrangement = request.param.partition("-")
-    if os.geteuid() != 0 and system != "plain":
-        pytest.skip(f"the arrangements are made by root: {mounts.why_not_root()}")
-    stack = Stack() if system == "plain" else Stack.arranged(arrangement)
+    # An ordinary user's layers: xattrs in the user namespace, `.wh.` files where devices cannot be made.
+    prefix = "trusted.overlay." if os.geteuid() == 0 else "user.overlay."
+    stack = Stack() if system == "plain" else Stack.arranged(arrangement, prefix=prefix)
     for item in request.session.items:
         if not isinstance(item, pytest.Function) or item.module is not request.module:
             continue
         if hasattr(item, "callspec") and item.callspec.params.get("mounted") == request.param:
-            tree = getattr(item.function, "tree", STANDARD)
+            tree = possible(getattr(item.function, "tree", STANDARD))
             under = directory_of(item)
             if system == "plain":
                 stack.write(stack.mnt, tree, under)
@@ -98,6 +98,21 @@ def fs(request: pytest.FixtureRequest, mounted: mounts.Mounted) -> Iterator[Plac
     place = Place(str(mounted.mnt / directory_of(request.node)), system, arrangement, mounted, tree)
     yield place
     place.release()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    """An ordinary user first tries the function on a plain directory: what fails there needs root, and is
+    skipped."""
+    place = pyfuncitem.funcargs.get("fs")
+    if os.geteuid() == 0 or not isinstance(place, Place) or place.system == "plain":
+        return
+    others = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames if name != "fs"}
+    with oracle(place.tree) as plain:
+        try:
+            pyfuncitem.obj(plain, **others)
+        except Exception as e:
+            pytest.skip(f"an ordinary user cannot do this on a plain directory either: {type(e).__name__}")
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) -> str | None:

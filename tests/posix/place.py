@@ -5,18 +5,21 @@ Knows how to act as another user and how to run a function over the oracle. Expe
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import os
 import pickle
 import shutil
 import stat
+import subprocess
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tests.support.mounts import Mounted
-from tests.support.stack import Dir, File, Hardlink, Node, Stack, Symlink, Tree, scratch_root
+from tests.support.stack import Dir, Entry, File, Hardlink, Node, Stack, Symlink, Tree, scratch_root
 
 USER = 65534
 OTHER = 1234
@@ -168,6 +171,21 @@ def forked(func: Callable[[], Any], *, uid: int = 0, gid: int = 0, groups: Itera
     return value
 
 
+def possible(contents: Tree) -> Tree:
+    """What of a tree this process may make: an ordinary user makes no devices, trusted or security xattrs."""
+    if os.geteuid() == 0:
+        return contents
+    found: dict[Any, Entry] = {}
+    for name, entry in contents.items():
+        if isinstance(entry, Node) and entry.kind in (stat.S_IFCHR, stat.S_IFBLK):
+            continue
+        if isinstance(entry, File | Dir | Symlink):
+            mine = {k: v for k, v in entry.xattrs.items() if k.startswith(("user.", "system."))}
+            entry = dataclasses.replace(entry, xattrs=mine)
+        found[name] = entry
+    return found
+
+
 def as_user(
     func: Callable[[], Any], uid: int = USER, gid: int | None = None, groups: Iterable[int] = ()
 ) -> Any:
@@ -185,21 +203,29 @@ def tree(entries: Tree, *, standard: bool = False) -> Callable[[Any], Any]:
     return mark
 
 
+@contextlib.contextmanager
+def oracle(contents: Tree) -> Iterator[Place]:
+    """A fresh plain directory that holds `contents`."""
+    root = tempfile.mkdtemp(prefix="oracle-", dir=scratch_root())
+    os.chmod(root, 0o755)
+    stack = Stack(root, 0, writable=False)
+    stack.write(stack.mnt, possible(contents), "o")
+    place = Place(str(stack.mnt / "o"), "plain", "", None, contents)
+    try:
+        yield place
+    finally:
+        place.release()
+        subprocess.run(["chmod", "-R", "u+rwX", root], check=False, stderr=subprocess.DEVNULL)
+        shutil.rmtree(root)
+
+
 def compared(func: Callable[..., Any]) -> Callable[..., None]:
     """The function's result must be what it is on a plain directory."""
 
     @functools.wraps(func)
     def test(fs: Place, **kw: Any) -> None:
-        root = tempfile.mkdtemp(prefix="oracle-", dir=scratch_root())
-        os.chmod(root, 0o755)
-        stack = Stack(root, 0, writable=False)
-        stack.write(stack.mnt, fs.tree, "o")
-        oracle = Place(str(stack.mnt / "o"), "plain", "", None, fs.tree)
-        try:
-            want = func(oracle, **kw)
-        finally:
-            oracle.release()
-            shutil.rmtree(root)
+        with oracle(fs.tree) as plain:
+            want = func(plain, **kw)
         got = func(fs, **kw)
         assert got == want  # left: here; right: on a plain directory
 

@@ -237,7 +237,32 @@ def private_mount_namespace() -> str | None:
             bind(node, "/dev/fuse")
         except OSError as e:
             return f"mount namespace is private, but /dev/fuse stays closed: {e}"
+    _open_the_way_to_python()
     return None
+
+
+def _open_the_way_to_python() -> None:
+    """Let ordinary users run this Python although it lives below, say, root's home directory of mode 0700.
+
+    Only in our own namespace: an overlay shows that directory with a mode that may be passed. Where the tests
+    themselves lie below it their writes would be lost in that overlay, so it is left alone, and tests of
+    ordinary users skip with `why_no_fuse`'s reason.
+    """
+    for needed in {os.path.realpath(sys.executable), os.path.realpath(sys.prefix)}:
+        for parent in reversed(Path(needed).parents):
+            mode = os.stat(parent).st_mode
+            if mode & 0o001 or Path(__file__).resolve().is_relative_to(parent):
+                continue
+            upper, work = (
+                scratch_root() / f"{kind}{str(parent).replace('/', '-')}" for kind in ("way", "work")
+            )
+            try:
+                for path in (upper, work):
+                    path.mkdir()
+                os.chmod(upper, mode & 0o7777 | 0o011)
+                mount_overlay(parent, [parent], upper, work)
+            except OSError:
+                return
 
 
 def sweep(keep: Sequence[Mounted] = ()) -> list[str]:
@@ -593,6 +618,25 @@ def why_no_kernel_overlay(options: str = "redirect_dir=on,metacopy=on") -> str |
 
 
 @cache
+def why_no_python(uid: int) -> str | None:
+    """Why `uid` cannot run this Python with the modules of layerfs."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", "import trio"],
+            user=uid,
+            group=uid,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd="/",
+        )
+    except OSError as e:
+        return f"uid {uid} cannot run {sys.executable}: {e.strerror}"
+    return f"uid {uid} cannot import: {done.stderr.strip().splitlines()[-1]}" if done.returncode else None
+
+
+@cache
 def why_no_fuse(uid: int | None = None) -> str | None:
     """Why `uid` (None: this process) cannot open /dev/fuse, or lacks fusermount3 where it needs it."""
 
@@ -602,6 +646,8 @@ def why_no_fuse(uid: int | None = None) -> str | None:
     try:
         if uid is None:
             attempt()
+        elif reason := why_no_python(uid):
+            return reason
         else:
             done = subprocess.run(
                 [sys.executable, "-c", "import os; os.open('/dev/fuse', os.O_RDWR)"],
