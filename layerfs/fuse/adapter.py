@@ -181,7 +181,7 @@ class Operations(pyfuse3.Operations):
             # kernel; it expires at once, so that whoever uses it gets the error of the lookup.
             entry = EntryAttributes()
             entry.st_ino = _NOBODY | next_id
-            entry.st_mode = stat.S_IFREG
+            entry.st_mode = stat.S_IFDIR if self.vfs.is_directory(directory, name) else stat.S_IFREG
             entry.entry_timeout = entry.attr_timeout = 0
             return pyfuse3.readdir_reply(token, name, entry, next_id)
         if found is None:

@@ -48,6 +48,8 @@ def serve(
     try:
         pyfuse3.init(operations, mountpoint, fuse_options)
     except RuntimeError as error:
+        if upper is not None and upper.volatile:
+            upper.work.clear_volatile()  # nothing was written
         raise MountError(f"cannot mount on {mountpoint}: {error}") from error
     try:
         trio.run(_main, operations, stack, upper, config, ready)

@@ -73,10 +73,9 @@ def lower_directories(
     below = -1
     if upper_parent is not None:
         marks = read_marks(upper_parent.fd, name, stack.names, lower=False)
-        if marks.redirect is not None:
-            target = marks.redirect
-        elif marks.opaque or (holders and _has_opaque_file(upper_parent.fd, name)):
-            return ()
+        if marks.opaque or (holders and _has_opaque_file(upper_parent.fd, name)):
+            return ()  # opaque wins over a redirect (ovl_lookup_single)
+        target = marks.redirect
     if target is None:
         bottom = len(stack.lowers) - 1
         for holder in holders:
@@ -85,11 +84,11 @@ def lower_directories(
                 return tuple(found)
             fd = stack.open(holder)
             marks = read_marks(fd.fd, name, stack.names, lower=True)
+            if marks.opaque or (holder is not holders[-1] and _has_opaque_file(fd.fd, name)):
+                return tuple(found)
             if marks.redirect is not None:
                 target, below = marks.redirect, holder.layer.index
                 break
-            if marks.opaque or (holder is not holders[-1] and _has_opaque_file(fd.fd, name)):
-                return tuple(found)
     while target is not None:
         target, below = _follow(stack, parent_lowers, target, below, found)
     return tuple(found)

@@ -5,42 +5,56 @@ WORK/layerfs/links.N, JSON: {"temporary": NAME in WORK/work, "names": [[DIRECTOR
 latin-1.
 
     1. the copy is complete in WORK/work           crash: the mount removes it, lowers are seen
-    2. journal written and fsynced                 crash: the mount links all names
+    2. journal written, fsynced and renamed        crash: the mount links all names
     3. each name is linked in the upper            crash: the mount links the rest
     4. journal unlinked (the commit is 2)          crash: the temporary is removed as any other
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 
 from layerfs.fdutil import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, OwnedFd, fd_path, openat2
 from layerfs.overlay.names import XattrNames
-from layerfs.upper.work import WorkDir
+from layerfs.upper.work import WorkDir, remove_tree
+
+log = logging.getLogger("layerfs.upper")
 
 _PREFIX = "links."
 
 
-def write(work: WorkDir, temporary: bytes, names: list[tuple[bytes, bytes]], sync: bool) -> str:
-    """Writes the journal; returns its name. Raises OSError."""
+def draft(work: WorkDir, temporary: bytes, names: list[tuple[bytes, bytes]], sync: bool) -> str:
+    """Writes the journal under a name that recovery throws away; returns that name. Blocks when it syncs.
+    Raises OSError, nothing left.
+    """
     record = {
         "temporary": temporary.decode("latin-1"),
         "names": [[directory.decode("latin-1"), name.decode("latin-1")] for directory, name in names],
     }
-    journal = _PREFIX + temporary.decode("latin-1").lstrip("#")
-    draft = "." + journal
-    fd = OwnedFd(
-        os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=work.state.fd)
-    )
-    data = json.dumps(record).encode()
-    while data:
-        data = data[os.write(fd.fd, data) :]
-    if sync:
-        os.fsync(fd.fd)
-    os.rename(draft, journal, src_dir_fd=work.state.fd, dst_dir_fd=work.state.fd)
-    if sync:
-        os.fsync(work.state.fd)
+    name = "." + _PREFIX + temporary.decode("latin-1").lstrip("#")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = OwnedFd(os.open(name, flags, 0o600, dir_fd=work.state.fd))
+        data = json.dumps(record).encode()
+        while data:
+            data = data[os.write(fd.fd, data) :]
+        if sync:
+            os.fsync(fd.fd)
+    except OSError:
+        remove_tree(work.state.fd, name.encode())
+        raise
+    return name
+
+
+def commit(work: WorkDir, draft_name: str) -> str:
+    """Makes a draft count: one rename; the journal's name. No sync: the links that follow are in the same
+    file system's log behind it. Raises OSError.
+    """
+    journal = draft_name[1:]
+    os.rename(draft_name, journal, src_dir_fd=work.state.fd, dst_dir_fd=work.state.fd)
     return journal
 
 
@@ -95,5 +109,8 @@ def _finish(work: WorkDir, upper: OwnedFd, journal: str, marks: XattrNames) -> N
                 except PermissionError:
                     pass
             os.utime(fd_path(parent.fd), ns=(before.st_atime_ns, before.st_mtime_ns))
-        except (FileExistsError, FileNotFoundError):
-            continue  # linked before the crash, or the work was done and the temporary is gone
+        except OSError as error:
+            # EEXIST: linked before the crash. ENOENT: done, and the temporary is gone. Anything else was
+            # changed since by somebody else, and must not keep the upper from being mounted.
+            if error.errno not in (errno.EEXIST, errno.ENOENT):
+                log.warning("hard link %r was not restored: %s", directory + b"/" + name, error.strerror)

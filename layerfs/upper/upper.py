@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,9 +59,11 @@ class Upper:
         self.work = WorkDir(work_path, layer.fd, layer.path)
         try:
             journal.recover(self.work, self.root, names)
-            self.work.prepare(volatile)
+            self.work.empty()
             self.inode_log = InodeLog(self.work.state)
             self.ability = self._probe()
+            if volatile:
+                self.work.mark_volatile()
         except OSError as error:
             raise MountError(f"work directory {work_path}: {error.strerror}", error.errno) from error
         if not self.ability.xattrs:
@@ -245,23 +248,20 @@ class Upper:
         os.link(shared, fresh, src_dir_fd=work, dst_dir_fd=work, follow_symlinks=False)
         return fresh
 
-    def whiteout(self, parent: int, name: bytes, *, present: bool, is_dir: bool) -> None:
-        """Hides `name` of the layers below; what the upper has there (`present`) goes. Atomic. Raises
-        OSError, nothing changed.
+    def whiteout(self, parent: int, name: bytes, *, present: bool) -> None:
+        """Hides a name of the layers below; what the upper has there (`present`, no directory) goes. Atomic.
 
-        A directory must hold nothing but whiteouts, which `clear` has removed."""
+        Raises OSError, nothing changed."""
         if self.ability.whiteouts == "file":
             self.hide(parent, name)
             if present:
-                self._remove_behind(parent, name, is_dir)
+                self._behind(parent, name, lambda: os.unlink(name, dir_fd=parent))
             return
         work = self.work.fd.fd
         fresh = self._device_whiteout()
         step("whiteout.made")
         try:
-            if is_dir and present:
-                renameat2(work, fresh, parent, name, RENAME_EXCHANGE)
-            elif present:
+            if present:
                 os.rename(fresh, name, src_dir_fd=work, dst_dir_fd=parent)
             else:
                 renameat2(work, fresh, parent, name, RENAME_NOREPLACE)
@@ -269,9 +269,33 @@ class Upper:
             remove_tree(work, fresh)
             raise
         step("whiteout.placed")
-        if is_dir and present:
-            remove_tree(work, fresh)
-            step("whiteout.removed")
+
+    def take_away(self, parent: int, name: bytes, *, hide: bool) -> bytes:
+        """Moves an upper directory that shows nothing into the work directory, whiteouts and all, where
+        nobody sees it and the caller may take its time; leaves a whiteout when `hide`. One rename. Returns
+        its name there.
+
+        Raises OSError, nothing changed."""
+        work = self.work.fd.fd
+        if hide and self.ability.whiteouts == "device":
+            fresh = self._device_whiteout()
+            step("whiteout.made")
+            try:
+                renameat2(work, fresh, parent, name, RENAME_EXCHANGE)
+            except OSError:
+                remove_tree(work, fresh)
+                raise
+            step("whiteout.placed")
+            return fresh
+        fresh = self.work.temporary()
+        if hide:
+            self.hide(parent, name)
+
+        def away() -> None:
+            os.rename(name, fresh, src_dir_fd=parent, dst_dir_fd=work)
+
+        self._behind(parent, name if hide else None, away)
+        return fresh
 
     def hide(self, parent: int, name: bytes) -> None:
         mark = whiteout.PREFIX + name
@@ -279,19 +303,31 @@ class Upper:
         OwnedFd(os.open(mark, flags, 0o600, dir_fd=parent)).close()
         step("whiteout.placed")
 
-    def _remove_behind(self, parent: int, name: bytes, is_dir: bool) -> None:
+    @staticmethod
+    def _behind(parent: int, hidden: bytes | None, remove: Callable[[], None]) -> None:
         """Removes what a `.wh.` file hides already; when it cannot be, the mark goes again, so that nothing
         changed.
         """
         try:
-            if is_dir:
-                os.rmdir(name, dir_fd=parent)
-            else:
-                os.unlink(name, dir_fd=parent)
+            remove()
         except OSError:
-            os.unlink(whiteout.PREFIX + name, dir_fd=parent)
+            if hidden is not None:
+                os.unlink(whiteout.PREFIX + hidden, dir_fd=parent)
             raise
         step("whiteout.removed")
+
+    def shows_nothing(self, parent: int, name: bytes) -> None:
+        """Raises OSError(ENOTEMPTY) when an upper directory holds more than whiteouts: somebody else put it
+        there.
+        """
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        directory = OwnedFd(os.open(name, flags, dir_fd=parent))
+        for item in os.listdir(directory.fd):
+            child = os.fsencode(item)
+            if not child.startswith(whiteout.PREFIX) and not whiteout.is_whiteout_device(
+                os.stat(child, dir_fd=directory.fd, follow_symlinks=False)
+            ):
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
 
     def clear(self, parent: int, name: bytes) -> None:
         """Makes the upper directory `name`, which shows nothing, really empty: opaque first, then its
@@ -326,12 +362,14 @@ class Upper:
         merged.devices.clear()
         merged.marks.clear()
 
-    def remove(self, parent: int, name: bytes, *, is_dir: bool) -> None:
-        """Removes an object that has nothing below it."""
-        if is_dir:
-            os.rmdir(name, dir_fd=parent)
-        else:
-            os.unlink(name, dir_fd=parent)
+    def remove(self, parent: int, name: bytes) -> None:
+        """Removes a non-directory that has nothing below it."""
+        os.unlink(name, dir_fd=parent)
+        step("remove.done")
+
+    def remove_directory(self, parent: int, name: bytes) -> None:
+        """Removes a really empty directory that has nothing below it."""
+        os.rmdir(name, dir_fd=parent)
         step("remove.done")
 
     # -- placing ----------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class WorkDir:
         """Opens and locks. Raises BusyError when a live mount has the upper or the work directory, MountError
         otherwise.
 
-        Cleans nothing yet: that is `prepare`, after the journals were read."""
+        Cleans nothing yet: that is `empty`, after the journals were read."""
         self.path = path
         try:
             self.base = OwnedFd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -78,12 +78,14 @@ class WorkDir:
             raise MountError(f"work directory {self.path}: {error.strerror}", error.errno) from error
         return directory
 
-    def prepare(self, volatile: bool) -> None:
-        """Removes what a crash left and sets the volatile marker when asked. Raises OSError."""
+    def empty(self) -> None:
+        """Removes what a crash left. Raises OSError."""
         for name in os.listdir(self.fd.fd):
             remove_tree(self.fd.fd, os.fsencode(name))
-        if volatile:
-            os.makedirs(f"/proc/self/fd/{self.fd.fd}/incompat/volatile", 0o700)
+
+    def mark_volatile(self) -> None:
+        """Raises OSError."""
+        os.makedirs(f"/proc/self/fd/{self.fd.fd}/incompat/volatile", 0o700)
 
     def clear_volatile(self) -> None:
         """The mount ended cleanly and everything was written: the upper may be trusted again."""

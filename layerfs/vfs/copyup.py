@@ -35,6 +35,8 @@ log = logging.getLogger("layerfs.vfs")
 _POLL = 0.1
 #: Copies that run at one time. More would only make the disk seek; fifty waiting ones cost nothing.
 _COPIES = 4
+#: Whiteouts of a removed directory that are unlinked before the answer (a few microseconds each).
+_SWEPT_AT_ONCE = 100
 
 
 class Job:
@@ -90,6 +92,19 @@ class CopyUp:
         for here in reversed(missing):
             self._one_directory(here)
         return self.tree.upper_fd(directory)
+
+    def sweep(self, temporary: bytes, things: int) -> None:
+        """Removes what was taken away into the work directory; many things in the background."""
+        if things <= _SWEPT_AT_ONCE:
+            self.upper.discard(temporary)
+        else:
+            self.nursery.start_soon(self._sweep, temporary)
+
+    async def _sweep(self, temporary: bytes) -> None:
+        try:
+            await trio.to_thread.run_sync(self.upper.discard, temporary, limiter=self._limiter)
+        except OSError as error:
+            log.warning("work directory: %s stays until the next mount: %s", temporary, error.strerror)
 
     def mark_impure(self, directory: Directory) -> None:
         """Before an object that shows another number than its own comes into an upper directory. Raises
@@ -279,8 +294,9 @@ class CopyUp:
             cut = length < st.st_size
             if cut and copy.fd is not None:
                 _cut_short(copy.fd)
-            if names and node.parent is not None:
-                self._publish_links(node, copy, names)
+            if len(names) > 1:
+                record = await self._journal(node, copy, names)
+                self._publish_links(node, copy, names, record)
             else:
                 self._publish(node, copy, metacopy=False)
             if cut:
@@ -344,23 +360,55 @@ class CopyUp:
         self._switch_handles(node, copy.fd, metacopy)
         self.tree.keep_ctime(node, old_ctime)
 
-    def _publish_links(self, node: File, copy: copyup.Copy, names: list[tuple[Directory, bytes]]) -> None:
-        """Shows a copy under all names of its file. Synchronous; journalled, so that a crash leaves none or
-        all after the next mount.
+    def _link_paths(self, node: File, names: list[tuple[Directory, bytes]]) -> list[tuple[bytes, bytes]]:
+        """(directory's path, name) of those names that still are the lower file's. Raises OSError(ENOENT)."""
+        return [
+            (self.tree.path(directory), name)
+            for directory, name in names
+            if self._lower_entry(node, directory, name) is not None
+        ]
+
+    @staticmethod
+    def _lower_entry(node: File, directory: Directory, name: bytes) -> Entry | None:
+        entry = directory.merged.names.get(name) if directory.merged is not None else None
+        return entry if entry is not None and entry.home is not None and entry.real == node.real else None
+
+    async def _journal(self, node: File, copy: copyup.Copy, names: list[tuple[Directory, bytes]]) -> str:
+        """Drafts the journal of the names as they are now, in a thread (it syncs). Raises OSError, the copy
+        discarded.
         """
-        old_ctime = self.tree.shown_ctime(node)
-        work = self.upper.work.fd.fd
-        old_real = node.real
-        fresh: list[tuple[Directory, bytes, Entry]] = []
         record: str | None = None
         try:
+            while True:
+                paths = self._link_paths(node, names)
+                work = partial(
+                    journal.draft, self.upper.work, copy.temporary, paths, sync=not self.upper.volatile
+                )
+                record = await trio.to_thread.run_sync(work, limiter=self._limiter)
+                if self._link_paths(node, names) == paths:
+                    return record
+        except OSError:
+            if record is not None:
+                journal.remove(self.upper.work, record)
+            self.upper.discard(copy.temporary)
+            raise
+
+    def _publish_links(
+        self, node: File, copy: copyup.Copy, names: list[tuple[Directory, bytes]], record: str
+    ) -> None:
+        """Shows a copy under all names of its file. Synchronous; journalled (`record` is the draft), so that
+        a crash leaves none or all after the next mount. Raises OSError, nothing left.
+        """
+        work = self.upper.work.fd.fd
+        fresh: list[tuple[Directory, bytes, Entry]] = []
+        try:
+            old_ctime = self.tree.shown_ctime(node)
             for directory, name in names:
-                entry = directory.merged.names.get(name) if directory.merged is not None else None
-                if entry is not None and entry.home is not None and entry.real == old_real:
+                entry = self._lower_entry(node, directory, name)
+                if entry is not None:
                     self.directory(directory)
                     fresh.append((directory, name, entry))
-            paths = [(self.tree.path(directory), name) for directory, name, _ in fresh]
-            record = journal.write(self.upper.work, copy.temporary, paths, sync=not self.upper.volatile)
+            record = journal.commit(self.upper.work, record)
             step("links.journalled")
             for directory, name, _ in fresh:
                 fd = self.tree.upper_fd(directory)
@@ -373,8 +421,7 @@ class CopyUp:
                 self.tree.keep_ctime(directory, ctime)
         except OSError:
             self._unlink_names(copy, fresh)
-            if record is not None:
-                journal.remove(self.upper.work, record)
+            journal.remove(self.upper.work, record)
             self.upper.discard(copy.temporary)
             raise
         self.upper.discard(copy.temporary)

@@ -1,4 +1,4 @@
-"""Takes over what kernel overlayfs with index=on knows of hard links, once, at mount.
+"""Takes over what kernel overlayfs with index=on knows of hard links, at mount.
 
 With index=on the kernel copies a hard-linked lower file up once, into WORK/index/HEX (the hex of the lower's
 file handle, in the form of the origin xattr), and links only the names that were used into the upper; the
@@ -22,28 +22,30 @@ from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.tree import Tree
 
+#: `overlay.nlink` of an inode all of whose names are in the upper: as many as its links but the index's.
+_COMPLETE = b"U-1"
+
 
 async def adopt(tree: Tree, upper: Upper, copyup: CopyUp, links: LinkIndex) -> None:
     """Before the first request. Raises OSError when a name cannot be linked (ENOSPC)."""
     index = _open(upper)
     if index is None:
         return
-    copies = _copies(index)
+    copies = _copies(index, upper.names.nlink)
     reals = {real for found in copies.values() if (real := origin.real_ino(found)) is not None}
     if not reals:
         return
-    names: list[tuple[bytes, bytes, bytes, int]] = []
+    names: list[tuple[bytes, bytes, bytes]] = []
 
     def visit(path: bytes, name: bytes, home: LowerDir, real: int) -> None:
         if real in reals:
             directory = tree.stack.open(home)
             copy = upper.make_origin(directory.fd, name).hex().encode()
             if copy in copies:
-                lower_links = os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_nlink
-                names.append((path, name, copy, lower_links))
+                names.append((path, name, copy))
 
     await links.walk(visit)
-    for path, name, copy, lower_links in names:
+    for path, name, copy in names:
         directory = await links.resolve(path)
         if directory is None:
             continue
@@ -51,7 +53,6 @@ async def adopt(tree: Tree, upper: Upper, copyup: CopyUp, links: LinkIndex) -> N
             fd = copyup.directory(directory)
             before = os.fstat(fd.fd)
             copyup.mark_impure(directory)
-            _count_one_more(upper, index, copy, lower_links)
             os.link(copy, name, src_dir_fd=index.fd, dst_dir_fd=fd.fd, follow_symlinks=False)
             restore_times(fd, before)
             if directory.merged is not None:
@@ -60,21 +61,10 @@ async def adopt(tree: Tree, upper: Upper, copyup: CopyUp, links: LinkIndex) -> N
                 entry.real = os.stat(name, dir_fd=fd.fd, follow_symlinks=False).st_ino
         finally:
             links.unpin([(directory, name)])
-
-
-def _count_one_more(upper: Upper, index: OwnedFd, copy: bytes, lower_links: int) -> None:
-    """The kernel counts links of the merged tree relative to the upper inode (`U+n`) or the lower one
-    (`L+n`): a name of the tree that becomes a link of the upper inode must not count twice
-    (fs/overlayfs/util.c ovl_get_nlink).
-    """
-    path = at_path(index.fd, copy)
-    links = os.stat(copy, dir_fd=index.fd, follow_symlinks=False).st_nlink
-    try:
-        value = os.getxattr(path, upper.names.nlink, follow_symlinks=False)
-        counted = int(value[1:]) + (lower_links if value[:1] == b"L" else links)
-    except (OSError, ValueError):
-        counted = links
-    os.setxattr(path, upper.names.nlink, b"U%+d" % (counted - links - 1), follow_symlinks=False)
+    for copy in copies:
+        # Now every name in the tree is a link of the upper inode, and the index has one more
+        # (fs/overlayfs/util.c ovl_get_nlink).
+        os.setxattr(at_path(index.fd, copy), upper.names.nlink, _COMPLETE, follow_symlinks=False)
 
 
 def _open(upper: Upper) -> OwnedFd | None:
@@ -85,9 +75,9 @@ def _open(upper: Upper) -> OwnedFd | None:
         return None
 
 
-def _copies(index: OwnedFd) -> dict[bytes, origin.Origin]:
-    """Names in the index that are copies of non-directories. Whiteouts (of files that are gone) and
-    directories are none.
+def _copies(index: OwnedFd, nlink: str) -> dict[bytes, origin.Origin]:
+    """Names in the index that are copies of non-directories and lack names. Whiteouts (of files that are
+    gone) and directories are none; one whose count says that all names are linked needs nothing.
     """
     copies: dict[bytes, origin.Origin] = {}
     for item in os.listdir(index.fd):
@@ -96,10 +86,13 @@ def _copies(index: OwnedFd) -> dict[bytes, origin.Origin]:
         except ValueError:
             continue
         st = os.stat(item, dir_fd=index.fd, follow_symlinks=False)
-        if (
-            found is not None
-            and not stat.S_ISDIR(st.st_mode)
-            and not (stat.S_ISCHR(st.st_mode) and st.st_rdev == 0)
-        ):
-            copies[os.fsencode(item)] = found
+        if found is None or stat.S_ISDIR(st.st_mode) or (stat.S_ISCHR(st.st_mode) and st.st_rdev == 0):
+            continue
+        name = os.fsencode(item)
+        try:
+            complete = os.getxattr(at_path(index.fd, name), nlink, follow_symlinks=False) == _COMPLETE
+        except OSError:
+            complete = False
+        if not complete:
+            copies[name] = found
     return copies

@@ -20,6 +20,10 @@ from layerfs.vfs.tree import Tree
 _Key = tuple[int, bytes, int]
 
 
+#: Names that are looked at before others get their turn.
+_TURN = 64
+
+
 class LinkIndex:
     def __init__(self, tree: Tree, *, upper_was_empty: bool) -> None:
         self.tree = tree
@@ -36,6 +40,17 @@ class LinkIndex:
             return nlink
         index = await self._index()
         return len(index.get((node.home.layer.index, node.region, node.real), ())) or 1
+
+    def moved(self, old: bytes, new: bytes) -> None:
+        """A directory moved from one path to another: what is known of the names below it stays right."""
+        if self._names is None or self._moves != self.tree.moves - 1:
+            return
+        below = old + b"/"
+        for names in self._names.values():
+            for index, (path, name) in enumerate(names):
+                if path == old or path.startswith(below):
+                    names[index] = (new + path[len(old) :], name)
+        self._moves = self.tree.moves
 
     async def has_several(self, node: File) -> bool:
         """Whether a lower file is seen under more than one name. Raises OSError."""
@@ -139,7 +154,9 @@ class LinkIndex:
                         merged = await self.tree.load(directory)
                     except OSError:
                         continue  # changed or unreadable: nobody sees names in there
-                    for name, entry in merged.names.items():
+                    for count, (name, entry) in enumerate(list(merged.names.items())):
+                        if count % _TURN == _TURN - 1:
+                            await trio.lowlevel.checkpoint()
                         if entry.is_dir:
                             try:
                                 child = self.tree.child(directory, name, entry)

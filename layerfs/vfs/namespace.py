@@ -23,6 +23,8 @@ from layerfs.vfs.names import Names, merged_is
 from layerfs.vfs.node import Directory, File, Node
 from layerfs.vfs.tree import fail
 
+#: A directory with more whiteouts than this is not looked at again before it is removed.
+_LOOKED_AT = 1000
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -223,9 +225,9 @@ class Namespace:
         in_upper = entry.home is None
         pin = self.names.pin(node, parent_fd, name) if in_upper else None
         if entry.lower:
-            self.upper.whiteout(parent_fd.fd, name, present=in_upper, is_dir=False)
+            self.upper.whiteout(parent_fd.fd, name, present=in_upper)
         else:
-            self.upper.remove(parent_fd.fd, name, is_dir=False)
+            self.upper.remove(parent_fd.fd, name)
         self.names.gone(parent, name, entry, node, pin, hidden=entry.lower)
 
     async def rmdir(self, parent: Directory, name: bytes) -> None:
@@ -244,12 +246,17 @@ class Namespace:
             fail(errno.ENOTEMPTY)
         parent_fd = self.copyup.directory(parent)
         pin = None
-        if entry.home is None:
-            pin = self.names.pin(node, parent_fd, name)
-            self.upper.clear(parent_fd.fd, name)
-        if entry.lower:
-            self.upper.whiteout(parent_fd.fd, name, present=entry.home is None, is_dir=True)
+        whiteouts = len(node.merged.devices) + len(node.merged.marks)
+        if entry.home is not None:
+            self.upper.whiteout(parent_fd.fd, name, present=False)
         else:
-            self.upper.remove(parent_fd.fd, name, is_dir=True)
+            pin = self.names.pin(node, parent_fd, name)
+            if not entry.lower and not whiteouts:
+                self.upper.remove_directory(parent_fd.fd, name)
+            else:
+                if whiteouts <= _LOOKED_AT:
+                    self.upper.shows_nothing(parent_fd.fd, name)
+                self.copyup.sweep(self.upper.take_away(parent_fd.fd, name, hide=entry.lower), whiteouts)
+                step("remove.done")
         node.merged = Merged()
         self.names.gone(parent, name, entry, node, pin, hidden=entry.lower)

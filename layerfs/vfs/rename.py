@@ -217,6 +217,7 @@ class Rename:
 
     def _replace(self, source: _Place, target: _Place | None, new_parent: Directory, new_name: bytes) -> None:
         upper = self.upper
+        old_parent_path = self.tree.path(source.parent)
         old_fd = self.copyup.directory(source.parent)
         new_fd = self.copyup.directory(new_parent)
         if isinstance(source.node, Directory):
@@ -233,6 +234,9 @@ class Rename:
             if target.entry.is_dir:
                 upper.clear(new_fd.fd, new_name)
                 step("rename.cleared")
+                if isinstance(target.node, Directory):
+                    # It is opaque now, even if the rename fails.
+                    target.node.lowers, target.node.lower_path, target.node.merged = (), None, Merged()
         device = upper.ability.whiteouts == "device"
         leaves_whiteout = source.entry.lower
         if over_device and source.entry.is_dir:
@@ -243,7 +247,8 @@ class Rename:
             if not leaves_whiteout:
                 os.unlink(source.name, dir_fd=old_fd.fd)
             elif not device:
-                upper.hide(old_fd.fd, source.name)  # the whiteout device that is there now hides it as well
+                upper.hide(old_fd.fd, source.name)
+                os.unlink(source.name, dir_fd=old_fd.fd)
         elif device:
             renameat2(old_fd.fd, source.name, new_fd.fd, new_name, RENAME_WHITEOUT if leaves_whiteout else 0)
             step("rename.renamed")
@@ -259,6 +264,8 @@ class Rename:
             self.names.gone(new_parent, new_name, target.entry, target.node, pin, hidden=False)
         self.names.drop_entry(source.parent, source.name, hidden=source.entry.lower)
         self._arrive(source, new_parent, new_name, lower_at_target)
+        if isinstance(source.node, Directory):
+            self.copyup.links.moved(_path(old_parent_path, source.name), self.tree.path(source.node))
 
     def _exchange(self, one: _Place, two: _Place) -> None:
         one_fd = self.copyup.directory(one.parent)
@@ -339,3 +346,7 @@ class Rename:
             self.tree.moves += 1
         for changed in (node, place.parent, parent):
             self.tree.changed(changed)
+
+
+def _path(directory: bytes, name: bytes) -> bytes:
+    return directory + b"/" + name if directory else name

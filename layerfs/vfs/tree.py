@@ -511,7 +511,7 @@ class Tree:
     def _upper_attributes(self, node: Node, st: os.stat_result, nlink: int) -> Attributes:
         ctime = st.st_ctime_ns
         if nlink > 1 and self.upper is not None and isinstance(node, File):
-            nlink += self.upper.hidden_links(*self.where(node))
+            nlink = max(1, nlink + self.upper.hidden_links(*self.where(node)))
         kept = self.shown_ctimes.get(st.st_ino)
         if kept is not None and kept[0] == ctime:
             ctime = kept[1]

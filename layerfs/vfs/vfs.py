@@ -142,6 +142,12 @@ class Vfs:
     def listing(self, handle: int) -> DirectoryHandle:
         return self.files.directory(handle)
 
+    def is_directory(self, parent: int, name: bytes) -> bool:
+        """What a listing says of a name, whether it can be looked up or not."""
+        merged = self.tree.directory(parent).merged
+        entry = merged.names.get(name) if merged is not None else None
+        return entry is not None and entry.is_dir
+
     # -- names ------------------------------------------------------------------------------------
 
     async def make(self, parent: int, name: bytes, new: New, caller: Caller) -> Attributes:

@@ -65,7 +65,7 @@ THREE = [(b"d", b"one"), (b"e", b"two"), (b"", b"three")]
 def test_the_rest_is_linked(box: Box, done: int) -> None:
     """A crash after `done` of the links."""
     copy = box.temporary()
-    journal.write(box.work, b"#1", THREE, sync=True)
+    journal.commit(box.work, journal.draft(box.work, b"#1", THREE, sync=True))
     for directory, name in THREE[:done]:
         os.link(copy, box.upper / os.fsdecode(directory) / os.fsdecode(name))
     box.recover()
@@ -76,7 +76,7 @@ def test_the_rest_is_linked(box: Box, done: int) -> None:
 def test_after_the_last_step(box: Box) -> None:
     """The temporary is gone, the journal is not: all names are linked already."""
     copy = box.temporary()
-    journal.write(box.work, b"#1", THREE, sync=True)
+    journal.commit(box.work, journal.draft(box.work, b"#1", THREE, sync=True))
     for directory, name in THREE:
         os.link(copy, box.upper / os.fsdecode(directory) / os.fsdecode(name))
     copy.unlink()
@@ -95,7 +95,7 @@ def test_names_of_all_bytes(box: Box) -> None:
     box.temporary()
     odd = bytes(range(1, 47)) + bytes(range(48, 256))
     (box.upper / os.fsdecode(odd)).mkdir()
-    journal.write(box.work, b"#1", [(odd, odd)], sync=False)
+    journal.commit(box.work, journal.draft(box.work, b"#1", [(odd, odd)], sync=False))
     box.recover()
     assert (box.upper / os.fsdecode(odd) / os.fsdecode(odd)).read_text() == "copy"
 
@@ -103,8 +103,8 @@ def test_names_of_all_bytes(box: Box) -> None:
 def test_two_journals(box: Box) -> None:
     box.temporary("#1")
     box.temporary("#2")
-    journal.write(box.work, b"#1", [(b"d", b"a")], sync=False)
-    journal.write(box.work, b"#2", [(b"e", b"b")], sync=False)
+    journal.commit(box.work, journal.draft(box.work, b"#1", [(b"d", b"a")], sync=False))
+    journal.commit(box.work, journal.draft(box.work, b"#2", [(b"e", b"b")], sync=False))
     box.recover()
     assert box.names() == ["d/a", "e/b"]
 
@@ -156,7 +156,7 @@ def test_nothing_is_linked_outside(box: Box, directory: str, tmp_path: Path) -> 
 def test_a_name_that_is_taken_by_something_else_stays(box: Box) -> None:
     box.temporary()
     (box.upper / "d" / "one").write_text("newer")
-    journal.write(box.work, b"#1", [(b"d", b"one"), (b"e", b"two")], sync=True)
+    journal.commit(box.work, journal.draft(box.work, b"#1", [(b"d", b"one"), (b"e", b"two")], sync=True))
     box.recover()
     assert (box.upper / "d" / "one").read_text() == "newer"
     assert (box.upper / "e" / "two").read_text() == "copy"
@@ -166,7 +166,7 @@ def test_directories_are_as_the_copy_up_leaves_them(box: Box) -> None:
     """Marked to hold objects with a recorded number, their times not moved."""
     box.temporary()
     os.utime(box.upper / "d", ns=(1_000_000_001, 1_000_000_002))
-    journal.write(box.work, b"#1", [(b"d", b"one")], sync=True)
+    journal.commit(box.work, journal.draft(box.work, b"#1", [(b"d", b"one")], sync=True))
     box.recover()
     assert (box.upper / "d").stat().st_mtime_ns == 1_000_000_002
     assert os.getxattr(box.upper / "d", NAMES.impure) == b"y"
