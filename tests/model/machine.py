@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.support.mounts import KernelOverlay, Mounted
 from tests.support.stack import Stack
-from tests.support.tree import Snapshot, assert_equal, lowers_guard, snapshot
+from tests.support.tree import Snapshot, assert_equal, differences, lowers_guard, snapshot
 
 from . import layers
 from .ops import OPEN_FLAGS, Op, Runner
@@ -305,6 +305,7 @@ def against_plain(
         for options in kernel_options:
             with step(f"under kernel overlayfs, {options}"), KernelOverlay(example.stack, options) as kernel:
                 assert_equal(seen, snapshot(kernel.mnt), labels=("system", "kernel overlayfs"))
+                assert_holes(example, kernel)
         if kernel_options:
             with step("remounted after kernel overlayfs"), system(example.stack) as mounted:
                 assert_equal(seen, snapshot(mounted.mnt), labels=("before", "after kernel overlayfs"))
@@ -342,6 +343,17 @@ def _equal_plain(example: Example, mounted: Mounted, since_ns: int, quirks: Quir
     plain = snapshot(example.plain)
     assert_equal(plain, seen, ignore=ignore, recent_ns=since_ns, labels=("plain", mounted.name))
     return seen
+
+
+def assert_holes(example: Example, kernel: KernelOverlay) -> None:
+    """Files that were copied up have the holes they had.
+
+    Asked through the kernel: lseek on a FUSE mount tells nothing of holes without the gate.
+    """
+    os.sync()
+    plain, seen = snapshot(example.plain, holes=True), snapshot(kernel.mnt, holes=True)
+    wrong = [line for line in differences(plain, seen, labels=("plain", "upper")) if ": extents:" in line]
+    assert not wrong, "\n  ".join(["holes differ:", *wrong])
 
 
 def assert_work_is_clean(stack: Stack) -> None:

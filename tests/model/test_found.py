@@ -72,6 +72,10 @@ FOUND: dict[str, Case] = {
             *(Op("rmtree", ("d2",)), Op("fstat", (1,))),
         ),
     ),
+    "names that the kernel lists with their own numbers": Case(
+        ((Item("f1", "file", data=1), Item("d1", "link", to="f1")),),
+        (Op("rename", ("f1", "d2", 0)), Op("mkdir", ("f1", 0o777)), Op("link", ("d1", "f1/f1"))),
+    ),
 }  # fmt: skip
 
 LEFT_BY_THE_KERNEL: dict[str, Case] = {
