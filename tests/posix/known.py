@@ -23,6 +23,7 @@ D_INO = "kernel: d_ino differs from st_ino where an upper entry made by hand has
 MAPPED = "kernel: a mapping made before the copy-up keeps the lower data"
 LOWER_GONE = "kernel: an unlinked lower file keeps its link count (it is still there, whited out)"
 
+METACOPY = "kernel: the data copy-up of a file that was copied up with attributes alone sets its mtime"
 REOPEN = "kernel: an unlinked lower file cannot be opened again for writing (copy-up fails with EEXIST)"
 EMPTY_ACL = "kernel: removing an ACL that is not there is ENODATA, on a plain directory it succeeds"
 
@@ -47,6 +48,7 @@ KERNEL: list[Row] = [
     (r"test_scandir_types", (MERGED,), D_INO),
     (r"test_type_and_inode_agree_with_lstat\[stat first\]|test_dot_and_dot_dot", (DEEP,), D_INO),
     (r"test_mapping_read_only_lower_file_sees_a_later_write", COPIED, MAPPED),
+    (r"test_mtime_is_kept_when_data_follow_metadata", COPIED, METACOPY),
     (r"test_read_only_unlinked_but_open", COPIED, LOWER_GONE),
     (r"test_reopen_an_unlinked_file", (LOWER, DEEP), REOPEN),
     (r"test_acl_errors", COPIED, EMPTY_ACL),

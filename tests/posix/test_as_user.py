@@ -19,7 +19,7 @@ REPO = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("arrangement", ["merged", pytest.param("all-lower", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arrangement", ["merged", pytest.param("all-lower", marks=pytest.mark.long)])
 def test_posix_suite_as_ordinary_user(ordinary_user: tuple[int, int], arrangement: str) -> None:
     uid, gid = ordinary_user
     home = scratch_root() / f"user-{arrangement}"

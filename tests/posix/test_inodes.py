@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.stack import Dir, File, Hardlink, Node, Symlink
+from tests.support import mounts
+from tests.support.stack import Dir, File, Hardlink, Node, Stack, Symlink
 
 from .calls import RENAME_EXCHANGE, err, renameat2
 from .place import Place, compared, tree
@@ -250,3 +251,23 @@ def test_two_hundred_names(fs: Place) -> None:
     for i in range(100):
         os.unlink(fs / f"m/{i}")
     assert {fs.stat(f"m/{i}").st_nlink for i in range(100, 200)} == {100}
+
+
+@pytest.mark.parametrize("system", ["kernel", "layerfs"])
+def test_link_counts_of_directories(system: str, kernel_overlay: None, make_stack: type[Stack]) -> None:
+    """Of a merged directory 1, as everything that walks trees takes for "unknown"; else the real count."""
+    stack = make_stack(n_lowers=2)
+    for lower in stack.lowers:
+        stack.write(lower, {"merged": Dir(), f"merged/{lower.name}": Dir()})
+    stack.write(stack.lowers[1], {"single": Dir(), "single/a": Dir(), "single/b": Dir(), "single/f": File()})
+    assert stack.upper
+    stack.write(stack.upper, {"own": Dir(), "own/a": Dir()})
+    m = mounts.KernelOverlay(stack) if system == "kernel" else mounts.Layerfs(stack)
+    with m:
+        counts = {n: os.stat(m.mnt / n).st_nlink for n in ("merged", "single", "single/a", "own")}
+        assert counts == {"merged": 1, "single": 4, "single/a": 2, "own": 3}
+        os.chmod(m.mnt / "single", 0o700)
+        os.mkdir(m.mnt / "own/b")
+        os.rmdir(m.mnt / "own/a")
+        assert os.stat(m.mnt / "single").st_nlink == 1, "copied up, it is merged"
+        assert os.stat(m.mnt / "own").st_nlink == 3

@@ -6,10 +6,12 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+import subprocess
 
 import pytest
 
 from tests.support.mounts import bind, umount, why_not_root
+from tests.support.stack import OLD_NS, File
 
 from .calls import (
     IN_ATTRIB,
@@ -23,7 +25,7 @@ from .calls import (
     err,
     statx,
 )
-from .place import BIG, OTHER, USER, Place, as_user, compared, forked, people
+from .place import BIG, OTHER, USER, Place, as_user, compared, forked, people, tree
 
 RO, RW = os.O_RDONLY, os.O_RDWR
 
@@ -394,3 +396,57 @@ def test_umask_and_ids_are_the_callers(fs: Place) -> None:
     os.chmod(fs / "w", 0o777)
     forked(lambda: os.close(os.open(fs / "w/n", os.O_CREAT | os.O_WRONLY)), uid=USER, gid=OTHER)
     assert (fs.stat("w/n").st_uid, fs.stat("w/n").st_gid) == (USER, OTHER)
+
+
+def test_fifo_across_copy_up(fs: Place) -> None:
+    """Both ends meet in one pipe, whichever layer the name lies in when each is opened."""
+    r = fs.open("fifo", os.O_RDONLY | os.O_NONBLOCK)
+    os.chmod(fs / "fifo", 0o600)
+    os.link(fs / "fifo", fs / "e/fifo")
+    os.rename(fs / "fifo", fs / "d/fifo")
+    for name in ("d/fifo", "e/fifo"):
+        w = fs.open(name, os.O_WRONLY | os.O_NONBLOCK)
+        os.write(w, name.encode())
+        assert os.read(r, 100) == name.encode()
+
+
+with open("/bin/sleep", "rb") as _program:
+    _SLEEP = _program.read()
+
+
+@tree({"sleep": File(data=_SLEEP, mode=0o755), "script": File(data=b"#!/bin/sh\necho $0\n", mode=0o755)})
+def test_program_in_a_layer(fs: Place) -> None:
+    """Runs from where it lies; cannot be written while it runs; runs on after copy-up, rename and unlink."""
+    assert subprocess.run([fs / "script"], capture_output=True).stdout == os.fsencode(fs / "script") + b"\n"
+    running = subprocess.Popen([fs / "sleep", "60"])
+    try:
+        assert err(os.open, fs / "sleep", os.O_WRONLY) == "ETXTBSY"
+        os.chmod(fs / "sleep", 0o700)
+        os.rename(fs / "sleep", fs / "moved")
+        assert err(os.open, fs / "moved", os.O_RDWR) == "ETXTBSY"
+        assert os.readlink(f"/proc/{running.pid}/exe") == fs / "moved"
+        os.unlink(fs / "moved")
+        assert running.poll() is None
+    finally:
+        running.kill()
+        running.wait()
+
+
+def test_pwritev2_append(fs: Place) -> None:
+    fd = fs.open("f", RW)
+    assert os.pwritev(fd, [b"end"], 0, os.RWF_APPEND) == 3
+    assert os.pwritev(fd, [b"J"], 0, os.RWF_DSYNC) == 1
+    assert fs.read("f") == b"Jello world\nend"
+
+
+def test_mtime_is_kept_when_data_follow_metadata(fs: Place) -> None:
+    """A chmod copies attributes only; the first open for writing brings the data, and changes no time of
+    them."""
+    for name in ("big", "sparse", "f"):
+        os.chmod(fs / name, 0o600)
+        before = fs.stat(name).st_mtime_ns
+        fs.close(fs.open(name, RW))
+        assert fs.stat(name).st_mtime_ns == before == OLD_NS, name
+        if fs.mounted and name == "f":
+            fs.mounted.remount()
+            assert fs.stat(name).st_mtime_ns == before
