@@ -265,10 +265,11 @@ class CopyUp:
         st = self.tree.stat_real(node)
         regular = stat.S_ISREG(st.st_mode)
         data: OwnedFd | None = None
-        length = st.st_size if size is None else min(size, st.st_size)
+        in_place = node.in_upper and st.st_nlink > 1  # then who wants it cut does that himself afterwards
+        length = st.st_size if size is None or in_place else min(size, st.st_size)
         if regular and length:
             data = self.tree.open_real(*self.tree.data_location(node), os.O_RDONLY)
-        if node.in_upper and st.st_nlink > 1:
+        if in_place:
             await self._fill(node, job, data, st.st_size)
             return
         names: list[tuple[Directory, bytes]] = []
