@@ -302,48 +302,43 @@ def test_work_directory_is_replaced(box: Box) -> None:
     assert names(box.canary) == sorted([CANARY_NAME, "fifo-less", "secret", "sub"])
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b'{"temporary": 5, "names": []}',
-        b'{"temporary": "#0", "names": [["", "../canary/planted"]]}',
-        b'{"temporary": "#0", "names": [["../canary", "planted"]]}',
-        b'{"temporary": "#0", "names": [["to-canary", "planted"]]}',
-        b'{"temporary": "../../canary/secret", "names": [["", "stolen"]]}',
-        b'{"temporary": "#0", "names": [["", ".."], ["", "."], ["", ""], ["/", "/planted"]]}',
-        b'{"temporary": "#0", "names": [["", "a\\u0000b"], ["\\u0000", "x"]]}',
-        b'{"temporary": "#0", "names": [["", "\\u4e00"]]}',
-        b'{"temporary": "#\\ud800", "names": [["", "x"]]}',
-        b'{"temporary": "#0", "names": {"a": "b"}}',
-        b'{"temporary": "#0", "names": [[]]}',
-        b'{"temporary": "#0", "names": ' + b"[" * 5000 + b"]" * 5000 + b"}",
-        b"\xff\xfe" * 100,
-    ],
-)
-def test_evil_journal(box: Box, record: bytes) -> None:
+EVIL_RECORDS = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'{"temporary": 5, "names": []}',
+    b'{"temporary": "#0", "names": [["", "../canary/planted"]]}',
+    b'{"temporary": "#0", "names": [["../canary", "planted"]]}',
+    b'{"temporary": "#0", "names": [["to-canary", "planted"]]}',
+    b'{"temporary": "../../canary/secret", "names": [["", "stolen"]]}',
+    b'{"temporary": "#0", "names": [["", ".."], ["", "."], ["", ""], ["/", "/planted"]]}',
+    b'{"temporary": "#0", "names": [["", "a\\u0000b"], ["\\u0000", "x"]]}',
+    b'{"temporary": "#0", "names": [["", "\\u4e00"]]}',
+    b'{"temporary": "#\\ud800", "names": [["", "x"]]}',
+    b'{"temporary": "#0", "names": {"a": "b"}}',
+    b'{"temporary": "#0", "names": [[]]}',
+    b'{"temporary": "#0", "names": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    b"\xff\xfe" * 100,
+]
+
+
+def test_evil_journal(box: Box) -> None:
     """A work directory written by somebody else: its journals link nothing outside the upper."""
     work = box.stack.work
     assert work is not None
     fill(work / "layerfs")
     fill(work / "work")
-    (work / "layerfs" / "links.0").write_bytes(record)
-    (work / "layerfs" / "links.1").symlink_to(box.canary / "secret")
+    for number, record in enumerate(EVIL_RECORDS):
+        (work / "layerfs" / f"links.{number:x}").write_bytes(record)
+    (work / "layerfs" / "links.ff").symlink_to(box.canary / "secret")
     (work / "work" / "#0").write_text("planted")
     (box.upper / "to-canary").symlink_to(box.canary)
     box.layers_done()
-    m = box.layerfs()
-    done = m.run(*m.command())
-    assert "Traceback" not in done.stderr + m.log_text()
-    if done.returncode:
-        assert done.returncode == 1 and done.stderr.count("\n") == 1
-    else:
+    with box.layerfs() as m:
         found = walk(m.mnt)
         assert "stolen" not in found and not any(CANARY_NAME in n for n in found)
-        assert m.run("umount", str(m.mnt)).returncode == 0 and m.wait_gone()
+        assert_alive(m)
 
 
 def test_evil_work_directory(box: Box) -> None:

@@ -117,8 +117,16 @@ OPERATIONS: dict[str, Callable[[Path, Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("options", ["", "redirect_dir=off,metacopy=off"])
-@pytest.mark.parametrize("form", ["device", "file", "both", "xattr"])
+@pytest.mark.parametrize(
+    "form,options",
+    [
+        ("device", ""),
+        ("file", ""),
+        ("both", ""),
+        ("xattr", ""),
+        ("both", "redirect_dir=off,metacopy=off"),
+    ],
+)
 def test_names_hidden_in_either_form_come_back(
     box: Box, kernel_overlay: None, form: str, options: str
 ) -> None:

@@ -206,7 +206,7 @@ def test_redirects_upon_redirects(make_stack: type[Stack]) -> None:
         {"a": Dir(), "a/b": Dir(), "a/b/c": Dir(), "a/b/c/f": File(data=b"f"), "big": File(data=work.BIG)},
     )
     where, file = "a/b", "big"
-    for number in range(6):
+    for number in range(4):
         system = Layerfs(stack) if number % 2 else in_kernel(stack, "index=off")
         with system as m:
             os.rename(m.mnt / where, m.mnt / f"moved{number}")

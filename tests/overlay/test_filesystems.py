@@ -395,7 +395,7 @@ def pressure(make_stack: type[Stack], rounds: int) -> None:
 
 
 def test_memory_pressure(make_stack: type[Stack]) -> None:
-    pressure(make_stack, 150)
+    pressure(make_stack, 100)
 
 
 @pytest.mark.long
