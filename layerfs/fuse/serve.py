@@ -54,6 +54,9 @@ def serve(
     try:
         trio.run(_main, operations, stack, upper, config, ready)
     finally:
+        # As an ordinary user libfuse waits for fusermount3, and a signal would end that wait before the mount
+        # is gone.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         pyfuse3.close(unmount=True)
         _finish(upper)
 
