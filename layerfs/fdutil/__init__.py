@@ -7,7 +7,6 @@ from layerfs.fdutil.syscalls import (
     RENAME_NOREPLACE,
     RENAME_WHITEOUT,
     RESOLVE_BENEATH,
-    RESOLVE_IN_ROOT,
     RESOLVE_NO_MAGICLINKS,
     RESOLVE_NO_SYMLINKS,
     RESOLVE_NO_XDEV,
@@ -18,14 +17,13 @@ from layerfs.fdutil.syscalls import (
     renameat2,
     syncfs,
 )
-from layerfs.fdutil.xattrs import at_path, fd_path, lgetxattr, llistxattr, lremovexattr, lsetxattr
+from layerfs.fdutil.xattrs import at_path, fd_path, lgetxattr, lsetxattr
 
 __all__ = [
     "RENAME_EXCHANGE",
     "RENAME_NOREPLACE",
     "RENAME_WHITEOUT",
     "RESOLVE_BENEATH",
-    "RESOLVE_IN_ROOT",
     "RESOLVE_NO_MAGICLINKS",
     "RESOLVE_NO_SYMLINKS",
     "RESOLVE_NO_XDEV",
@@ -38,8 +36,6 @@ __all__ = [
     "fd_path",
     "fs_uuid",
     "lgetxattr",
-    "llistxattr",
-    "lremovexattr",
     "lsetxattr",
     "name_to_handle",
     "openat2",

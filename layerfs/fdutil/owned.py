@@ -72,12 +72,6 @@ class FdPool:
             self._fds.popitem(last=False)
         return owned
 
-    def put(self, key: Hashable, owned: OwnedFd) -> None:
-        self._fds[key] = owned
-        self._fds.move_to_end(key)
-        if len(self._fds) > self.capacity:
-            self._fds.popitem(last=False)
-
     def drop(self, key: Hashable) -> None:
         self._fds.pop(key, None)
 

@@ -30,11 +30,3 @@ def lgetxattr(dirfd: int, name: bytes, attribute: str) -> bytes:
 
 def lsetxattr(dirfd: int, name: bytes, attribute: str, value: bytes) -> None:
     os.setxattr(at_path(dirfd, name), attribute, value, follow_symlinks=False)
-
-
-def llistxattr(dirfd: int, name: bytes) -> list[str]:
-    return os.listxattr(at_path(dirfd, name), follow_symlinks=False)
-
-
-def lremovexattr(dirfd: int, name: bytes, attribute: str) -> None:
-    os.removexattr(at_path(dirfd, name), attribute, follow_symlinks=False)

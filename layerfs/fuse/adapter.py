@@ -1,8 +1,8 @@
 """Translates pyfuse3 calls to Vfs and errors to errno. Decides nothing about layers.
 
 Kernel caching: only layerfs changes the tree, and every change comes through the kernel that caches, which
-invalidates what it changed itself (fs/fuse/dir.c). So entries, attributes and absent names are good for ever,
-and no notification is ever sent.
+invalidates what it changed itself (fs/fuse/dir.c). So entries, attributes and absent names are good for ever;
+one thing only has to be told: see `attributes_moved`.
 """
 
 from __future__ import annotations
@@ -98,6 +98,16 @@ class Operations(pyfuse3.Operations):
         self._describe = describe
         self._owner = os.geteuid()
         self._absent = _absent()
+
+    @staticmethod
+    def attributes_moved(node: int) -> None:
+        """Has the kernel ask for attributes again. Takes no lock of an inode (fs/fuse/inode.c
+        fuse_reverse_inval_inode), so it may be sent while a request is carried out.
+        """
+        try:
+            pyfuse3.invalidate_inode(node, attr_only=True)
+        except FileNotFoundError:
+            pass  # the kernel does not know it
 
     # -- looking ----------------------------------------------------------------------------------
 

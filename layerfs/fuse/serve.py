@@ -68,6 +68,7 @@ async def _main(
         operations.vfs = Vfs(
             stack, upper, nursery, redirect_dir=config.redirect_dir, metacopy=config.metacopy
         )
+        operations.vfs.tree.attributes_moved = operations.attributes_moved
         await operations.vfs.start()
         await nursery.start(_end_on_signal, operations)
         ready()

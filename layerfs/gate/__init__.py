@@ -25,9 +25,6 @@ class Gate(Protocol):
     def retract_name(self, directory: NodeId, name: bytes) -> None:
         """`name` in `directory` is about to appear, vanish or mean something else."""
 
-    def retract_directory(self, directory: NodeId) -> None:
-        """The listing of `directory` is no longer known."""
-
     def retract_attributes(self, node: NodeId) -> None:
         """Attributes, xattrs or the backing file of `node` are about to change."""
 
@@ -42,9 +39,6 @@ class NoGate:
         pass
 
     def retract_name(self, directory: NodeId, name: bytes) -> None:
-        pass
-
-    def retract_directory(self, directory: NodeId) -> None:
         pass
 
     def retract_attributes(self, node: NodeId) -> None:

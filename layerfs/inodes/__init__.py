@@ -1,1 +1,1 @@
-"""Inode numbers and the table of nodes the kernel knows."""
+"""Inode numbers."""

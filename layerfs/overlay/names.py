@@ -31,7 +31,6 @@ class XattrNames:
         self.impure = prefix + "impure"
         self.nlink = prefix + "nlink"
         self.whiteout = prefix + "whiteout"
-        self.protattr = prefix + "protattr"
         #: layerfs's own: the inode number shown, in ASCII. The kernel hides and ignores names under its
         #: prefix that it does not know.
         self.ino = prefix + "layerfs.ino"

@@ -1,5 +1,5 @@
 """Whiteouts and opaque marks: their forms on disk. Finding them in a directory is `stack.merge`, writing them
-is `upper.whiteouts`.
+is `upper.upper`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ threads.
 
 from layerfs.stack.layer import Layer, LowerDir, Stack
 from layerfs.stack.merge import Entry, Merged, merge_directory
-from layerfs.stack.resolve import Marks, data_source, lower_directories, read_marks
+from layerfs.stack.resolve import Marks, data_source, lower_directories, own_redirect, read_marks
 
 __all__ = [
     "Entry",
@@ -18,5 +18,6 @@ __all__ = [
     "data_source",
     "lower_directories",
     "merge_directory",
+    "own_redirect",
     "read_marks",
 ]

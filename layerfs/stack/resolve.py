@@ -56,6 +56,17 @@ def read_marks(parent: int, name: bytes, names: XattrNames, *, lower: bool) -> M
     return Marks(opaque, target, names.metacopy in present)
 
 
+def own_redirect(path: bytes, names: XattrNames, *, follow: bool) -> bytes | None:
+    """The redirect on one object, None when it has none. Raises OSError(EIO) for nonsense."""
+    try:
+        value = os.getxattr(path, names.redirect, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return None
+        raise
+    return redirect.decode(value)
+
+
 def lower_directories(
     stack: Stack,
     parent_lowers: Sequence[LowerDir],

@@ -147,25 +147,6 @@ class Upper:
         own = self.names.numbers in present
         return own or self.names.impure in present, own
 
-    def is_metacopy(self, parent: int, name: bytes) -> bool:
-        try:
-            lgetxattr(parent, name, self.names.metacopy)
-        except OSError as error:
-            if error.errno in _NO_XATTR:
-                return False
-            raise
-        return True
-
-    def get_redirect(self, parent: int, name: bytes) -> bytes | None:
-        """Raises OSError(EIO) when it is nonsense."""
-        try:
-            value = lgetxattr(parent, name, self.names.redirect)
-        except OSError as error:
-            if error.errno in _NO_XATTR:
-                return None
-            raise
-        return redirect.decode(value)
-
     def record_ino(self, parent: int, name: bytes, ino: int) -> None:
         """Keeps the number that the object `name` in `parent` shows. Raises OSError (ENOSPC)."""
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 
@@ -36,6 +35,3 @@ class Caller:
             return False
         pending = masks.get(b"SigPnd", 0) | masks.get(b"ShdPnd", 0)
         return bool(pending & ~masks.get(b"SigBlk", 0) & ~masks.get(b"SigIgn", 0))
-
-
-DAEMON = Caller(os.getuid(), os.getgid(), 0)

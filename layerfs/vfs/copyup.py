@@ -302,6 +302,9 @@ class CopyUp:
                 self._publish(node, copy, metacopy=False)
             if cut:
                 self.tree.changed(node)
+            if st.st_nlink > 1:
+                # The copy has the names that are seen, the lower may have had more (links outside its layer).
+                self.tree.attributes_moved(node.id)
         finally:
             self.links.unpin(names)
 

@@ -322,16 +322,12 @@ class Rename:
 
     def _data_path(self, node: File, name: bytes) -> bytes:
         """Path, in the tree of the lowers, of the file whose data a metadata-only file shows."""
-        kept = self.upper.get_redirect(*self._directory_and_name(node))
+        kept = self.tree.redirect_of(node)
         if kept is not None and kept.startswith(b"/"):
             return kept[1:]
         for home in node.lookup_dirs:
             return home.path + b"/" + (kept or node.home_name) if home.path else (kept or node.home_name)
         return name
-
-    def _directory_and_name(self, node: File) -> tuple[int, bytes]:
-        fd, name = self.tree.where(node)
-        return fd.fd, name
 
     def _arrive(self, place: _Place, parent: Directory, name: bytes, lower: bool) -> None:
         """Notes that what `place` names now stands at `name` in `parent`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
@@ -18,8 +19,16 @@ from layerfs.gate import Gate, NoGate
 from layerfs.ids import ROOT, Ino, NodeId, RealIno
 from layerfs.inodes import numbers
 from layerfs.overlay import origin as origin_codec
-from layerfs.overlay import redirect
-from layerfs.stack import Entry, LowerDir, Merged, Stack, data_source, lower_directories, merge_directory
+from layerfs.stack import (
+    Entry,
+    LowerDir,
+    Merged,
+    Stack,
+    data_source,
+    lower_directories,
+    merge_directory,
+    own_redirect,
+)
 from layerfs.upper.upper import Upper
 from layerfs.vfs.node import Directory, File, Node
 
@@ -58,6 +67,8 @@ class Tree:
         #: real inode number in the upper -> (real ctime after a copy-up, ctime to show as long as it has not
         #: moved)
         self.shown_ctimes: dict[int, tuple[int, int]] = {}
+        #: told when attributes that the kernel keeps were changed by something other than its own requests
+        self.attributes_moved: Callable[[NodeId], None] = lambda id: None
         #: raised when a directory moves (see `links`)
         self.moves = 0
         self._temporary = 0
@@ -195,7 +206,8 @@ class Tree:
         self, parent: Directory, name: bytes, entry: Entry, lowers: tuple[LowerDir, ...]
     ) -> bytes:
         if entry.home is None and self.stack.upper is not None:
-            target = self._redirect(self.upper_fd(parent).fd, name)
+            path = at_path(self.upper_fd(parent).fd, name)
+            target = own_redirect(path, self.stack.names, follow=False)
             if target is not None and target.startswith(b"/"):
                 return target[1:]
             if target is not None:
@@ -203,13 +215,6 @@ class Tree:
         if parent.lower_path is None:
             return lowers[0].path
         return parent.lower_path + b"/" + name if parent.lower_path else name
-
-    def _redirect(self, parent: int, name: bytes) -> bytes | None:
-        try:
-            value = os.getxattr(at_path(parent, name), self.stack.names.redirect, follow_symlinks=False)
-        except OSError:
-            return None
-        return redirect.decode(value)
 
     def _make_file(self, parent: Directory, name: bytes, entry: Entry) -> File:
         region = self._region(parent, entry)
@@ -400,27 +405,15 @@ class Tree:
         """
         if not self.is_metacopy(node):
             return self.where(node)
-        fd, name = self.where(node)
-        target = None
-        if node.in_upper:
-            below = -1
-            target = self._checked_redirect(fd, name)
-        else:
-            assert node.home is not None
-            below = node.home.layer.index
-            target = self._checked_redirect(fd, name)
+        target = self.redirect_of(node)
+        below = -1 if node.in_upper or node.home is None else node.home.layer.index
         home, data_name = data_source(self.stack, node.lookup_dirs, node.home_name, target, below)
         return self.stack.open(home), data_name
 
-    def _checked_redirect(self, fd: OwnedFd, name: bytes) -> bytes | None:
-        path = at_path(fd.fd, name) if name else fd_path(fd.fd)
-        try:
-            value = os.getxattr(path, self.stack.names.redirect, follow_symlinks=not name)
-        except OSError as error:
-            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-                return None
-            raise
-        return redirect.decode(value)
+    def redirect_of(self, node: Node) -> bytes | None:
+        """The node's own redirect. Raises OSError(EIO) for nonsense."""
+        path, follow, _keep = self.real_path(node)
+        return own_redirect(path, self.stack.names, follow=follow)
 
     def is_metacopy(self, node: File) -> bool:
         if node.metacopy is None:
