@@ -323,22 +323,39 @@ EVIL_RECORDS = [
 ]
 
 
-def test_evil_journal(box: Box) -> None:
-    """A work directory written by somebody else: its journals link nothing outside the upper."""
+def test_evil_journals(box: Box) -> None:
+    """A work directory written by somebody else: its journals link nothing outside the upper. Those that name
+    directories outside may be refused, in one line.
+    """
     work = box.stack.work
     assert work is not None
     fill(work / "layerfs")
     fill(work / "work")
-    for number, record in enumerate(EVIL_RECORDS):
-        (work / "layerfs" / f"links.{number:x}").write_bytes(record)
-    (work / "layerfs" / "links.ff").symlink_to(box.canary / "secret")
-    (work / "work" / "#0").write_text("planted")
     (box.upper / "to-canary").symlink_to(box.canary)
     box.layers_done()
-    with box.layerfs() as m:
-        found = walk(m.mnt)
-        assert "stolen" not in found and not any(CANARY_NAME in n for n in found)
-        assert_alive(m)
+    outside = [record for record in EVIL_RECORDS if b"canary" in record or b"/planted" in record]
+    for together in (outside[:1], outside[1:], [each for each in EVIL_RECORDS if each not in outside]):
+        for number, record in enumerate(together):
+            (work / "layerfs" / f"links.{number:x}").write_bytes(record)
+        (work / "work" / "#0").write_text("planted")
+        m = box.layerfs()
+        done = m.run(*m.command())
+        assert "Traceback" not in done.stderr + m.log_text()
+        if done.returncode:
+            assert together[0] in outside, done.stderr
+            assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+            for journal in (work / "layerfs").glob("links.*"):
+                journal.unlink()
+        else:
+            found = walk(m.mnt)
+            assert "stolen" not in found and not any(CANARY_NAME in n for n in found)
+            assert m.run(*mounts.layerfs_command(), "umount", m.mnt).returncode == 0 and m.wait_gone()
+    (work / "layerfs" / "links.0").symlink_to(box.canary / "secret")
+    m = box.layerfs()
+    done = m.run(*m.command())
+    assert "Traceback" not in done.stderr + m.log_text() and done.stderr.count("\n") <= 1
+    if done.returncode == 0:
+        assert m.run(*mounts.layerfs_command(), "umount", m.mnt).returncode == 0 and m.wait_gone()
 
 
 def test_evil_work_directory(box: Box) -> None:

@@ -400,7 +400,7 @@ def test_memory_pressure(make_stack: type[Stack]) -> None:
 
 @pytest.mark.long
 def test_memory_pressure_for_long(make_stack: type[Stack]) -> None:
-    pressure(make_stack, 4000)
+    pressure(make_stack, 1500)
 
 
 def test_few_descriptors(make_stack: type[Stack]) -> None:
