@@ -374,3 +374,13 @@ def flatten(lowers: Sequence[str], dest: str, *, for_kernel: bool) -> None:
     merge.run()
     merge.break_hidden_links()
     merge.drop_idle_whiteouts(for_kernel)
+
+
+def turn_marks_over(root: str) -> None:
+    """Make overlay's trusted xattrs below `root` the ones for mounts with `userxattr`."""
+    for here, _, files in os.walk(root):
+        for path in (here, *(os.path.join(here, name) for name in files)):
+            for name in os.listxattr(path, follow_symlinks=False):
+                if name.startswith(OWN):
+                    os.setxattr(path, "user." + name.removeprefix("trusted."), os.getxattr(path, name))
+                    os.removexattr(path, name)

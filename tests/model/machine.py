@@ -68,6 +68,7 @@ class Example:
     cases: tuple[Case, ...]
     base: Path
     for_kernel: bool = True  # kernel overlayfs will be asked about these layers too
+    user_marks: bool = False  # overlay's xattrs are user.overlay.*, as without privilege
     stack: Stack = field(init=False)
     plain: Path = field(init=False)
 
@@ -89,9 +90,12 @@ class Example:
             os.utime(lower, ns=(layers.OLD_NS, layers.OLD_NS))
         lowers = [str(lower) for lower in self.stack.lowers]
         layers.flatten(lowers, str(self.plain), for_kernel=self.for_kernel)
+        if self.user_marks:
+            for path in lowers:
+                layers.turn_marks_over(path)
         assert self.stack.upper is not None
-        for root in (self.plain, self.stack.upper):
-            os.utime(root, ns=(layers.OLD_NS, layers.OLD_NS))
+        for top in (self.plain, self.stack.upper):
+            os.utime(top, ns=(layers.OLD_NS, layers.OLD_NS))
 
 
 def run_ops(

@@ -43,9 +43,9 @@ def budget(short: int) -> settings:
 
 @contextlib.contextmanager
 def example(
-    cases: tuple[machine.Case, ...], base: Path, for_kernel: bool = True
+    cases: tuple[machine.Case, ...], base: Path, for_kernel: bool = True, user_marks: bool = False
 ) -> Iterator[machine.Example]:
-    made = machine.Example(cases, base, for_kernel)
+    made = machine.Example(cases, base, for_kernel, user_marks)
     try:
         yield made
     finally:
@@ -109,6 +109,26 @@ def test_like_a_plain_directory_while_caches_are_dropped(
 ) -> None:
     with example(cases, ext4, for_kernel=False) as ex:
         machine.against_plain(ex, Layerfs, machine.Quirks())
+
+
+@budget(6)
+@given(cases=generate.cases("oci"))
+def test_like_a_plain_directory_with_user_xattrs(ext4: Path, cases: tuple[machine.Case, ...]) -> None:
+    with example(cases, ext4, for_kernel=False, user_marks=True) as ex:
+        machine.against_plain(ex, lambda stack: Layerfs(stack, "userxattr"), machine.Quirks())
+
+
+@pytest.mark.usefixtures("kernel_overlay")
+@budget(8)
+@given(cases=generate.cases("xattr"))
+def test_user_xattrs_without_redirects_are_readable_by_the_kernel(
+    ext4: Path, cases: tuple[machine.Case, ...]
+) -> None:
+    options = "userxattr,redirect_dir=off,metacopy=off"
+    with example(cases, ext4, user_marks=True) as ex:
+        machine.against_plain(
+            ex, lambda stack: Layerfs(stack, options), machine.Quirks(), kernel_options=("userxattr",)
+        )
 
 
 @budget(6)
