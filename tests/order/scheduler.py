@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,11 +77,17 @@ class Stuck(AssertionError):
 
 class Scheduler:
     def __init__(
-        self, choices: list[int], *, atomic: bool = False, random_source: random.Random | None = None
+        self,
+        choices: list[int],
+        *,
+        atomic: bool = False,
+        random_source: random.Random | None = None,
+        order: Sequence[int] = (),
     ) -> None:
         """Follows `choices`, then goes on with the same task as long as it can (or at random). `atomic`:
-        operations are not parted.
+        operations are not parted; `order` then says whose operation comes next.
         """
+        self.order = list(reversed(order))
         self.choices = choices
         self.atomic = atomic
         self.random = random_source
@@ -124,6 +130,11 @@ class Scheduler:
 
     def _choose(self) -> Task:
         able = self._able()
+        if self.order and all(task.suspend.boundary for task in able):
+            while self.order:
+                task = self.tasks[self.order.pop()]
+                if task in able:
+                    return task
         if len(able) == 1:
             return able[0]
         taken = 0

@@ -234,6 +234,21 @@ def test_a_file_that_is_emptied_is_never_seen_as_a_hole(place: Place, name: str)
     check(place, programs, prepare=[cold], limit=40, at_random=10)
 
 
+def test_a_file_changed_through_a_name_it_has_lost_is_changed_under_the_other(place: Place) -> None:
+    """`twice` and `twice2` are one file; the second name was never looked up when the first one goes."""
+
+    async def program(steps: Steps) -> None:
+        found = await steps.lookup(IDS["d"], "twice")
+        assert found is not None
+        await steps.unlink(IDS["d"], "twice")
+        await steps.truncate(found.ino, 3)
+        other = await steps.lookup(IDS["d"], "twice2")
+        assert other is not None
+        assert (other.ino, other.st.st_size, other.nlink) == (found.ino, 3, 1)
+
+    play(place, [program], [], None, atomic=True, prepare=cold)
+
+
 def _opens_and_forgets(name: str, flags: int) -> Program:
     async def then(steps: Steps, id: int) -> None:
         handle = await steps.open(id, flags)
