@@ -265,7 +265,9 @@ class CopyUp:
         st = self.tree.stat_real(node)
         regular = stat.S_ISREG(st.st_mode)
         data: OwnedFd | None = None
-        in_place = node.in_upper and st.st_nlink > 1  # then who wants it cut does that himself afterwards
+        # One of several names, or of names nobody looked up: filled where it is. Who wants it cut does that
+        # afterwards.
+        in_place = node.in_upper and (st.st_nlink > 1 or node.parent is None)
         length = st.st_size if size is None or in_place else min(size, st.st_size)
         if regular and length:
             data = self.tree.open_real(*self.tree.data_location(node), os.O_RDONLY)
