@@ -110,11 +110,12 @@ def seen(mnt: Path) -> dict[str, list[str] | str]:
 
 
 def expected(value: Value) -> list[str] | str:
-    return {
+    shown: dict[str, list[str] | str] = {
         "EIO": "EIO",
         "own": ["own"],
         "target": ["from-target", "out", "own", "sub"],
-    }[value.shows]
+    }
+    return shown[value.shows]
 
 
 def test_directories(box: Box, kernel_overlay: None) -> None:

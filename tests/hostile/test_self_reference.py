@@ -384,7 +384,7 @@ def test_killed_while_callers_wait(box: Box) -> None:
     box.layers_done()
     m = box.layerfs()
     m.open()
-    outcomes: dict[int, object] = {}
+    outcomes: dict[int, tuple[int | None, int]] = {}
     begun = threading.Barrier(9)
 
     def worker(number: int) -> None:
@@ -414,9 +414,9 @@ def test_killed_while_callers_wait(box: Box) -> None:
     import errno
 
     allowed = {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.EINTR}
-    assert len(outcomes) == 8 and {code for code, _ in outcomes.values()} <= allowed, outcomes  # type: ignore[misc]
+    assert len(outcomes) == 8 and {code for code, _ in outcomes.values()} <= allowed, outcomes
     with m:
-        for number, (_, done) in outcomes.items():  # type: ignore[misc]
+        for number, (_, done) in outcomes.items():
             for n in range(done + 1):
                 assert content(m.mnt / f"w{number}-{n}") == b"done"
         for n in range(20):

@@ -7,13 +7,14 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.support import mounts
 from tests.support.mounts import KernelOverlay, Layerfs
-from tests.support.stack import Dir, File, Hardlink, Stack
+from tests.support.stack import Dir, Entry, File, Hardlink, Stack
 from tests.support.tree import assert_equal, lowers_guard, snapshot
 
 from . import work
@@ -89,14 +90,14 @@ def test_hard_links_written_by_layerfs(make_stack: type[Stack]) -> None:
     directories.
     """
     stack = make_stack(n_lowers=2)
-    tree = {"d": Dir(), "e": Dir()}
+    tree: dict[str | bytes, Entry] = {"d": Dir(), "e": Dir()}
     for case in ("write", "chmod", "unlink", "rename", "link", "all-gone", "over", "dir"):
-        tree |= {  # type: ignore[assignment]
+        tree |= {
             f"{case}-a": File(data=case.encode() * 100),
             f"d/{case}-b": Hardlink(f"{case}-a"),
             f"e/{case}-c": Hardlink(f"{case}-a"),
         }
-    stack.write(stack.lowers[1], tree)  # type: ignore[arg-type]
+    stack.write(stack.lowers[1], tree)
     with lowers_guard(stack.lowers), Layerfs(stack) as m:
         p = m.mnt
         work.write(p / "write-a", b"WRITTEN")
@@ -344,10 +345,8 @@ def test_user_xattrs_readable_by_the_kernel(make_stack: type[Stack], who: str) -
             assert _look(kernel.mnt) == live
 
 
-def _mine(entry: object) -> object:
+def _mine(entry: Entry) -> Entry:
     """The entry as somebody without privileges can have it: owned by whoever owns the stack."""
-    from dataclasses import replace
-
     if isinstance(entry, Hardlink):
         return entry
     return replace(entry, uid=0, gid=0, mode=entry.mode & 0o777)  # type: ignore[type-var,attr-defined]

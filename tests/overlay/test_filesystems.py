@@ -50,7 +50,7 @@ def stack_on(lower: str, upper: str) -> Iterator[Stack]:
     with ExitStack() as open_:
         low = open_.enter_context(file_system(lower)) if lower else None
         stack = Stack(base=low, n_lowers=2)
-        open_.callback(subprocess.run, ["rm", "-rf", stack.dir], check=True)
+        open_.callback(lambda: subprocess.run(["rm", "-rf", stack.dir], check=True))
         if upper != "same":
             up = open_.enter_context(file_system(upper)) if upper else Stack(n_lowers=0).dir
             stack.upper, stack.work = up / "upper", up / "work"

@@ -196,6 +196,6 @@ def test_in_turn(kernel_overlay: None, make_stack: type[Stack], seed: int) -> No
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(100, 130))
+@pytest.mark.parametrize("seed", range(100, 110))
 def test_in_turn_for_long(kernel_overlay: None, make_stack: type[Stack], seed: int) -> None:
     in_turn(make_stack, seed, 6, 60)
