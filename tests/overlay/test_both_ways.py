@@ -431,3 +431,54 @@ def test_user_xattrs_with_everything_on(make_stack: type[Stack], who: str) -> No
         assert _look_as(m, owner) == live
     assert {"redirect", "metacopy"} <= overlay_xattrs(stack.upper, "user.overlay.")  # type: ignore[arg-type]
     assert snapshot(stack.lowers[1])
+
+
+def test_numbers_without_room_for_marks(make_stack: type[Stack]) -> None:
+    """An ordinary user cannot mark symlinks and fifos with xattrs: their numbers hold all the same, through
+    copy-up, rename, links, remounts, and when an inode of the upper is used again.
+    """
+    owner = (65534, 65534)
+    if reason := mounts.why_no_layerfs(owner[0]):
+        pytest.skip(reason)
+    stack = make_stack(n_lowers=2, owner=owner, prefix="user.overlay.")
+    stack.write(
+        stack.lowers[1],
+        {
+            "d": Dir(),
+            **{f"link{n}": work.Symlink(target=f"t{n}") for n in range(6)},
+            **{f"d/fifo{n}": work.Node() for n in range(4)},
+            "file": File(data=b"f", mode=0o444),
+        },
+    )
+
+    def numbers(m: Layerfs) -> dict[str, str]:
+        done = m.run("find", str(m.mnt), "-mindepth", "1", "-printf", "%P %i\n")
+        return dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+
+    def shell(m: Layerfs, script: str) -> None:
+        done = m.run("sh", "-ec", f"cd {m.mnt}; {script}")
+        assert done.returncode == 0, done.stderr
+
+    with lowers_guard(stack.lowers), Layerfs(stack, as_user=owner) as m:
+        before = numbers(m)
+        shell(m, "touch -h -d @5 link0 link1 link2; chmod 600 d/fifo0 d/fifo1; touch -d @5 file")
+        assert numbers(m) == before
+        m.remount()
+        assert numbers(m) == before
+        shell(m, "mv link0 d/moved; mv d/fifo0 fifo; ln -P link1 d/again; rm link2 d/fifo1; mv d e")
+        wanted = {
+            name.replace("d/", "e/") if name != "d" else "e": number
+            for name, number in before.items()
+            if name not in ("link0", "d/fifo0", "link2", "d/fifo1")
+        }
+        wanted |= {"e/moved": before["link0"], "fifo": before["d/fifo0"], "e/again": before["link1"]}
+        for _ in range(2):
+            assert numbers(m) == wanted
+            m.remount()
+        # New ones may get the inodes of those that went.
+        shell(m, "for n in 1 2 3 4 5 6; do ln -s new$n new$n; mkfifo newf$n; done")
+        now = numbers(m)
+        assert {n: i for n, i in now.items() if not n.startswith("new")} == wanted
+        assert len(set(now.values())) == len(now) - 1  # link1 and e/again are one
+        m.remount()
+        assert numbers(m) == now

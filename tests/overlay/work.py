@@ -19,7 +19,19 @@ ACL = bytes.fromhex(
     "0200000001000600ffffffff020006000500000004000400ffffffff10000600ffffffff20000400ffffffff"
 )
 
-__all__ = ["ACL", "BIG", "TREE", "Node", "lay_out", "look", "plain", "unique_numbers", "work_in", "write"]
+__all__ = [
+    "ACL",
+    "BIG",
+    "TREE",
+    "Node",
+    "Symlink",
+    "lay_out",
+    "look",
+    "plain",
+    "unique_numbers",
+    "work_in",
+    "write",
+]
 
 TREE: Tree = {
     "dir": Dir(mode=0o750, uid=3, gid=4),
