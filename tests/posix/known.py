@@ -51,7 +51,7 @@ KERNEL: list[Row] = [
     (r"test_mtime_is_kept_when_data_follow_metadata", COPIED, METACOPY),
     (r"test_read_only_unlinked_but_open", COPIED, LOWER_GONE),
     (r"test_reopen_an_unlinked_file", (LOWER, DEEP), REOPEN),
-    (r"test_acl_errors", COPIED, EMPTY_ACL),
+    (r"test_acl_errors", (LOWER, DEEP), EMPTY_ACL),
 ]
 
 TMPFILE = "pyfuse3 has no TMPFILE"
