@@ -73,7 +73,13 @@ async def _main(
         await nursery.start(_end_on_signal, operations)
         ready()
         # No limit on requests under way: a hundred that wait for copy-ups must not keep others out.
-        await pyfuse3.main(max_tasks=1 << 20)
+        try:
+            await pyfuse3.main(max_tasks=1 << 20)
+        except* ConnectionAbortedError:
+            # What an aborted connection reads (umount -f, /sys/fs/fuse/connections/N/abort), and now and then
+            # one that is unmounted while requests are under way, where ENODEV is the rule: the end of the
+            # mount either way.
+            log.info("the kernel ended the connection")
         operations.vfs.give_up()
         nursery.cancel_scope.cancel()
 
