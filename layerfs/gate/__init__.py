@@ -3,11 +3,9 @@
 `vfs` calls these at the places where a fact becomes true or stops being true; the rules are:
 
 * `retract_*` is called *before* the reply to the request that makes the fact false, and returns only when no
-answer from the
-  old fact is still being built.
+  answer from the old fact is still being built.
 * A fact is published with the generation of its directory at which it was computed; a publish that comes late
-(the task awaited and
-  somebody retracted meanwhile) must be dropped by the receiver.
+  (the task awaited and somebody retracted meanwhile) must be dropped by the receiver.
 """
 
 from __future__ import annotations

@@ -110,15 +110,12 @@ class Upper:
 
     # -- marks ------------------------------------------------------------------------------------
 
-    def _set(self, parent: int, name: bytes, attribute: str, value: bytes) -> None:
-        lsetxattr(parent, name, attribute, value)
-
     def set_opaque(self, parent: int, name: bytes) -> None:
-        self._set(parent, name, self.names.opaque, whiteout.OPAQUE)
+        lsetxattr(parent, name, self.names.opaque, whiteout.OPAQUE)
 
     def set_redirect(self, parent: int, name: bytes, path: bytes) -> None:
         """`path`: where the content lies in the lowers, from the overlay's root, without a leading slash."""
-        self._set(parent, name, self.names.redirect, redirect.encode(path))
+        lsetxattr(parent, name, self.names.redirect, redirect.encode(path))
 
     def drop_redirect(self, parent: int, name: bytes) -> None:
         try:

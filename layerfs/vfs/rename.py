@@ -55,7 +55,7 @@ class Rename:
             if prepared is not None:
                 break
         source, target = prepared
-        if source.node is target.node if target else False:
+        if target is not None and source.node is target.node:
             return  # two names of one file: rename(2) does nothing
         if flags & RENAME_EXCHANGE:
             assert target is not None
