@@ -64,7 +64,12 @@ def fill(path: Path, *files: str) -> Path:
     """A directory holding `files`, each with its own name as content."""
     path.mkdir(parents=True, exist_ok=True)
     for name in files:
-        (path / name).write_text(name)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(path / name, flags, 0o644)
+        try:
+            os.write(fd, name.encode())
+        finally:
+            os.close(fd)
     return path
 
 

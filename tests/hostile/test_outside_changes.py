@@ -126,6 +126,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_file(path: Path, data: bytes) -> None:
+    """A new file. Never through a link to the canary nor into a fifo, which a user of the mount may have moved
+    to this name since it was removed: the changer must not do itself what it is to tempt layerfs into.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
 def to_canary_file(box: Box, path: Path) -> None:
     remove(path)
     path.symlink_to(box.canary / "secret")
@@ -155,7 +166,7 @@ def to_directory(box: Box, path: Path) -> None:
 
 def to_file(box: Box, path: Path) -> None:
     remove(path)
-    path.write_text("file")
+    make_file(path, b"file")
 
 
 def to_whiteout(box: Box, path: Path) -> None:
@@ -420,7 +431,7 @@ def race(box: Box, m: Layerfs, roots: list[Path], seconds: float) -> None:
                     if "." not in path.name and path.name.startswith(("d", "sub")):
                         fill(path, "f1", "f2", "secret")
                     else:
-                        path.write_bytes(b"0123456789" * 2000)
+                        make_file(path, b"0123456789" * 2000)
                 elif chance.random() < 0.3 and path.is_dir() and not path.is_symlink():
                     # A directory and a link to the canary change places, over and over.
                     link = path.with_name("link-to-canary")
