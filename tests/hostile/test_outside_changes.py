@@ -127,8 +127,9 @@ def remove(path: Path) -> None:
 
 
 def make_file(path: Path, data: bytes) -> None:
-    """A new file. Never through a link to the canary nor into a fifo, which a user of the mount may have moved
-    to this name since it was removed: the changer must not do itself what it is to tempt layerfs into.
+    """A new file. Never through a link to the canary nor into a fifo, which a user of the mount may have
+    moved to this name since it was removed: the changer must not do itself what it is to tempt layerfs
+    into.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
