@@ -5,7 +5,8 @@
     ├── MountError          exit 1   a mount cannot be made or ended
     │   └── BusyError       exit 1   somebody else holds the upper, the work directory or the mount point
     └── LayerError          exit 1   a layer's content is unusable
-        └── TarError        exit 1   a layer tarball is malformed or hostile
+        ├── TarError        exit 1   a layer tarball is malformed or hostile
+        └── ImageError      exit 1   an image's documents or blobs are malformed, damaged, missing or hostile
 
 Inside the file system itself an operation that fails raises plain `OSError` with the errno the caller gets;
 the adapter passes it on.
@@ -45,4 +46,8 @@ class LayerError(LayerfsError):
 
 
 class TarError(LayerError):
+    pass
+
+
+class ImageError(LayerError):
     pass
