@@ -13,10 +13,10 @@ import os
 import re
 import struct
 from collections.abc import Iterator
+from typing import Protocol
 
 from layerfs.errors import TarError
 from layerfs.oci.member import Kind, Member, display, plain_path
-from layerfs.oci.streams import LayerSource
 from layerfs.oci.tarwriter import BLOCK, XATTR_KEY, xattr_name
 
 #: Bytes of extended headers for one member. The kernel lets an inode carry a list of 64 KiB of xattr names
@@ -103,12 +103,20 @@ def parse_records(body: bytes) -> dict[bytes, bytes]:
     return records
 
 
+class Source(Protocol):
+    """Bytes in order, as `streams.LayerSource` gives them."""
+
+    def read(self, size: int) -> bytes: ...
+
+    def skip(self, size: int) -> bool: ...
+
+
 class TarReader:
     """The members of one archive, in order. The data of a member is there until the next one is asked for.
 
     `notes` gathers what was passed over, one line each."""
 
-    def __init__(self, source: LayerSource, notes: list[str] | None = None) -> None:
+    def __init__(self, source: Source, notes: list[str] | None = None) -> None:
         self._source = source
         self.notes: list[str] = notes if notes is not None else []
         self._left = 0
