@@ -168,6 +168,7 @@ class Config(_Document, frozen=True):
 
 
 _D = TypeVar("_D", bound=_Document)
+_T = TypeVar("_T")
 
 
 def parse_index(data: bytes) -> Index:
@@ -208,12 +209,17 @@ def parse_config(data: bytes) -> Config:
 
 def _parse(data: bytes, form: type[_D], what: str, limit: int) -> _D:
     raw = parse_object(data, what, limit)
-    try:
-        document = msgspec.convert(_without_nulls(raw), form)
-    except msgspec.ValidationError as error:
-        raise ImageError(f"{what} is malformed: {error}") from None
+    document = check(raw, form, what)
     vars(document)["raw"] = raw
     return document
+
+
+def check(raw: object, form: type[_T], what: str) -> _T:
+    """`raw` as a `form`, a null like no value. Raises ImageError."""
+    try:
+        return msgspec.convert(_without_nulls(raw), form)
+    except msgspec.ValidationError as error:
+        raise ImageError(f"{what} is malformed: {error}") from None
 
 
 def _without_nulls(value: Any) -> Any:

@@ -107,19 +107,18 @@ class Layout:
 
     @classmethod
     def open(cls, path: str) -> Layout:
-        """Raises ImageError where there is no layout."""
-        shown = display(os.fsencode(path))
+        """Raises ImageError where there is no layout; its message does not name the path."""
         try:
             layout = cls(path, OwnedFd(os.open(path, _DIRECTORY)))
             mark = layout._read(_MARK, 4096)
         except FileNotFoundError as error:
             missing = "no such directory" if error.filename == path else "it has no file 'oci-layout'"
-            raise ImageError(f"{shown}: is no OCI image layout: {missing}") from None
+            raise ImageError(f"is no OCI image layout: {missing}") from None
         except OSError as error:
-            raise ImageError(f"{shown}: cannot be read as an OCI image layout: {error.strerror}") from None
-        version = parse_object(mark, f"{shown}/oci-layout", 4096).get("imageLayoutVersion")
+            raise ImageError(f"cannot be read as an OCI image layout: {error.strerror}") from None
+        version = parse_object(mark, "oci-layout", 4096).get("imageLayoutVersion")
         if not isinstance(version, str) or not version.startswith("1."):
-            raise ImageError(f"{shown}: is an OCI image layout of version {version!r:.40}; 1.0.0 is known")
+            raise ImageError(f"is an OCI image layout of version {version!r:.40}; 1.0.0 is known")
         return layout
 
     @classmethod

@@ -1,7 +1,7 @@
 """What a user calls an image by, and where it is opened. Reads no image itself.
 
     DIR[:TAG]  DIR@sha256:HEX             an OCI image layout
-    FILE.tar[:REPO:TAG]                   what `docker save` writes
+    FILE.tar[:REPO:TAG]  FILE.tar@ID      what `docker save` writes, or an OCI image layout in a tar
 
 A path may hold colons: the longest beginning that exists is the path.
 """
@@ -13,6 +13,7 @@ import re
 
 from layerfs.errors import ImageError, UsageError
 from layerfs.ids import Digest
+from layerfs.oci.docker_archive import DockerArchive
 from layerfs.oci.image import Image
 from layerfs.oci.layout import Layout
 from layerfs.oci.member import display
@@ -62,10 +63,9 @@ def open_image(reference: str) -> Image:
     are read and verified, its layers are not. Raises ImageError, UsageError."""
     path, wanted = split_reference(reference)
     try:
+        if not os.path.isdir(path):
+            return DockerArchive(path).image(wanted, reference)
         layout = Layout.open(path)
         return load(layout, find(layout, wanted), reference)
     except ImageError as error:
-        shown = display(os.fsencode(path))
-        if str(error).startswith(shown):
-            raise
-        raise ImageError(f"{shown}: {error}", error.errno) from None
+        raise ImageError(f"{display(os.fsencode(path))}: {error}", error.errno) from None

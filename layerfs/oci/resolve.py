@@ -124,7 +124,7 @@ def _choose(store: Store, named: list[Descriptor]) -> Descriptor:
         if fit is not None and (best is None or fit < best[0]):
             best = (fit, each)
     if best is None:
-        raise ImageError(f"there is no image for {here}, only for {_listed(offered)}: name one by its digest")
+        raise ImageError(f"there is no image for {here}, only for {listed(offered)}: name one by its digest")
     return best[1]
 
 
@@ -136,10 +136,11 @@ def _platform_of(store: Store, descriptor: Descriptor) -> Platform:
 def _there_is(manifests: Sequence[Descriptor]) -> str:
     if not manifests:
         return ": there are none"
-    return f"; there is {_listed([each.annotations.get(REF_NAME) or each.digest for each in manifests])}"
+    return f"; there is {listed([each.annotations.get(REF_NAME) or each.digest for each in manifests])}"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """`names` for a message, sorted; many are cut short."""
     names = sorted({name if name.isprintable() else repr(name) for name in names})
     more = len(names) - _MAX_SHOWN
     return ", ".join(name[:100] for name in names[:_MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -22,7 +22,15 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_object(data: bytes, what: str, limit: int) -> dict[str, Any]:
-    """The JSON object that `data` holds. `what` names it in messages; `limit` is in bytes. Raises
+    """The JSON object that `data` holds; see `parse`."""
+    raw = parse(data, what, limit)
+    if not isinstance(raw, dict):
+        raise ImageError(f"{what} is malformed: it is no JSON object")
+    return raw
+
+
+def parse(data: bytes, what: str, limit: int) -> Any:
+    """The JSON value that `data` holds. `what` names it in messages; `limit` is in bytes. Raises
     ImageError."""
     if len(data) > limit:
         raise ImageError(f"{what} is refused: it is larger than {limit >> 10} KiB")
@@ -42,8 +50,6 @@ def parse_object(data: bytes, what: str, limit: int) -> dict[str, Any]:
         raise ImageError(f"{what} is refused: it is nested too deeply") from None
     except ValueError as error:
         raise ImageError(f"{what} is malformed: {error}") from None
-    if not isinstance(raw, dict):
-        raise ImageError(f"{what} is malformed: it is no JSON object")
     return raw
 
 
