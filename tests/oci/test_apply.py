@@ -137,6 +137,18 @@ def test_opaque_counts_wherever_it_stands(place: Path, position: int) -> None:
     assert (place / "t/d/f").is_file()
 
 
+@pytest.mark.parametrize("mark", [b".wh..wh..opq", b"d/.wh..wh..opq", b"d/.wh.s", b".wh.d"])
+@pytest.mark.parametrize("position", [0, 1])
+def test_what_is_hidden_gives_no_attributes(place: Path, mark: bytes, position: int) -> None:
+    below = [m.directory(b"d"), m.directory(b"d/s", mode=0o700, xattrs={"user.old": b"1"}), m.file(b"d/s/x")]
+    layer = [m.file(b"d/s/new")]
+    layer.insert(position, m.file(mark))
+    apply(place, below, layer)
+    assert names(place) == {"d", "d/s", "d/s/new"}
+    found = snapshot(place / "t")[b"d/s"]
+    assert (found.mode, found.xattrs) == (0o755, ())
+
+
 def test_opaque_root(place: Path) -> None:
     apply(place, [m.file(b"a"), m.file(b"d/x")], [m.file(b"d/y"), m.file(b".wh..wh..opq")])
     assert names(place) == {"d", "d/y"}
