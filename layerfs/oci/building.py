@@ -1,0 +1,267 @@
+"""Turns the members of one layer into objects of one directory: what `apply` and `unpack` have in common.
+They differ in what a whiteout does, and in what may be there already.
+
+How nothing leads outside: `tarreader` refuses names that would leave the root, and every directory is opened
+through `beneath`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from layerfs.errors import LayerError
+from layerfs.fdutil import OwnedFd, at_path, fd_path
+from layerfs.oci.beneath import DIRECTORY, DIRECTORY_PATH, in_the_way, open_beneath
+from layerfs.oci.making import LeftOut, ObjectMaker, Parent, clean_acls, has_default_acl
+from layerfs.oci.member import Kind, Mark, Member, display, join, split
+from layerfs.oci.plan import check_names, is_whiteout_device
+from layerfs.oci.tally import Tally
+from layerfs.oci.tarreader import TarReader
+
+_T = TypeVar("_T")
+#: Parents that are kept open: archives go through a tree in order, and come back to the directories above.
+_OPEN_PARENTS = 32
+
+
+@dataclass(slots=True)
+class Applied:
+    """What applying a layer did. `notes` are single lines, gathered by reason where there may be many."""
+
+    members: int = 0
+    removed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class Builder:
+    """One layer being made below `root`. Subclasses publish objects and carry out whiteouts."""
+
+    def __init__(self, root: OwnedFd, implied_ns: int | None) -> None:
+        """`implied_ns`: mtime of directories that the layer uses without naming them; None: when they are
+        made."""
+        self._root = root
+        self._implied_ns = implied_ns
+        self._tally = Tally()
+        self._maker = ObjectMaker(self._tally)
+        self._parents: dict[bytes, Parent] = {}
+        #: Names that this layer has made, by directory, directories on the way to them included: whiteouts
+        #: hide the layers below only.
+        self._own: dict[bytes, set[bytes]] = {}
+        #: Those among them that no member has named (yet).
+        self._implied: set[bytes] = set()
+        #: Directories of this layer: their attributes are set at the end, as making things in them changes
+        #: times, and modes may forbid it.
+        self._directories: dict[bytes, Member] = {}
+        #: Directories that the layer does not name and that were changed all the same: the time and the mode
+        #: to leave them with.
+        self._touched: dict[bytes, tuple[int, int]] = {}
+        self._left_out: set[bytes] = set()
+        self._result = Applied()
+
+    def close(self) -> None:
+        self._forget_parents()
+        self._root.close()
+
+    def run(self, reader: TarReader) -> Applied:
+        """Makes all members. Raises TarError, LayerError, OSError; what was made by then has its
+        attributes."""
+        try:
+            for member in reader:
+                self._add(member, reader)
+        except BaseException:
+            # A second failure must not hide the first.
+            with contextlib.suppress(OSError, LayerError):
+                self._finish_directories()
+            raise
+        self._finish_directories()
+        self._result.notes.extend((*reader.notes, *self._tally.lines()))
+        return self._result
+
+    # --- what subclasses decide ---
+
+    def _hide(self, directory: bytes, name: bytes, member: bytes) -> None:
+        """A whiteout of `name`: hides what the layers below have, and nothing of this layer."""
+        raise NotImplementedError
+
+    def _hide_all(self, directory: bytes, member: bytes) -> None:
+        """An opaque mark: the same for everything in `directory`."""
+        raise NotImplementedError
+
+    def _put(self, parent: Parent, name: bytes, member: Member, reader: TarReader) -> None:
+        """Makes an object that is no directory; whatever was there goes. Raises LeftOut."""
+        raise NotImplementedError
+
+    def _put_directory(self, parent: Parent, name: bytes, member: Member) -> None:
+        """Makes a directory, or leaves the one that is there; anything else that was there goes."""
+        raise NotImplementedError
+
+    def _made_implied(self, path: bytes) -> None:
+        """The directory `path` was made because a member needs it."""
+
+    # --- one member ---
+
+    def _add(self, member: Member, reader: TarReader) -> None:
+        mark, hidden = check_names(member)
+        directory, name = split(member.name)
+        if mark is not Mark.ENTRY:
+            if mark is Mark.AUFS:
+                self._tally.add("book-keeping of AUFS: ignored", member.name)
+            elif mark is Mark.OPAQUE:
+                self._hide_all(directory, member.name)
+            else:
+                self._hide(directory, hidden, member.name)
+            return
+        if is_whiteout_device(member):
+            self._tally.add("a character device 0/0, which would be a whiteout: dropped", member.name)
+            return
+        if member.kind is Kind.HARDLINK and member.target in self._left_out:
+            self._tally.add("a link to a device that was left out", member.name)
+            return
+        if not member.name:
+            self._result.members += 1
+            self._directories[b""] = member
+            return
+        parent = self._parents.get(directory) or self._open_parent(directory, member.name)
+        own = self._own.setdefault(directory, set())
+        if member.name in self._implied:
+            self._implied.discard(member.name)
+        elif name in own:
+            self._tally.add("is in the layer more than once: the last one counts", member.name)
+        if member.kind is Kind.DIR:
+            self._put_directory(parent, name, member)
+            self._directories[member.name] = member
+        else:
+            try:
+                self._put(parent, name, member, reader)
+            except LeftOut:
+                self._tally.add("a device, which only real root can make: left out", member.name)
+                self._left_out.add(member.name)
+                return
+        self._result.members += 1
+        own.add(name)
+
+    def _make(self, parent: Parent, name: bytes, member: Member, reader: TarReader) -> None:
+        """Makes `member` as the new name `name`. Raises LeftOut, OSError (EEXIST)."""
+        if member.kind is Kind.FILE:
+            self._maker.file(parent, name, member, reader)
+        elif member.kind is Kind.HARDLINK:
+            self._maker.hard_link(self._root, parent, name, member)
+        else:
+            self._maker.special(parent, name, member)
+
+    # --- directories on the way ---
+
+    def _open_parent(self, path: bytes, member: bytes) -> Parent:
+        """The directory `path`, made where the layer implies it without naming it.
+
+        Raises TarError when something else is in the way."""
+        missing: list[bytes] = []
+        here = path
+        while True:
+            try:
+                fd = self._open(here)
+                break
+            except FileNotFoundError:
+                here, name = split(here)
+                missing.append(name)
+            except OSError as error:
+                raise in_the_way(self._root, here, f"member {display(member)}", error) from None
+        self._touch(here, fd)
+        while missing:
+            name = missing.pop()
+            os.mkdir(name, 0o755, dir_fd=fd.fd)
+            if has_default_acl(fd.fd):
+                clean_acls(at_path(fd.fd, name))
+            fd = open_beneath(fd.fd, name, DIRECTORY)
+            os.fchmod(fd.fd, 0o755)
+            here = join(here, name)
+            if self._implied_ns is not None:
+                self._touched[here] = (self._implied_ns, 0o755)
+            self._made_implied(here)
+        while here:
+            above, name = split(here)
+            own = self._own.setdefault(above, set())
+            if name in own:
+                break  # and so are those above it
+            own.add(name)
+            self._implied.add(here)
+            here = above
+        if len(self._parents) >= _OPEN_PARENTS:
+            self._forget_parents()
+        parent = self._parents[path] = Parent(path, fd, has_default_acl(fd.fd))
+        return parent
+
+    def _forget_parents(self) -> None:
+        self._parents.clear()
+
+    def _open(self, path: bytes) -> OwnedFd:
+        """The directory `path`, readable. An ordinary user's own directory that he may not read is opened to
+        him until the end."""
+        try:
+            return open_beneath(self._root.fd, path or b".", DIRECTORY)
+        except PermissionError:
+            if self._maker.privileged:
+                raise
+            self._touch(path, open_beneath(self._root.fd, path or b".", DIRECTORY_PATH))
+            return open_beneath(self._root.fd, path or b".", DIRECTORY)
+
+    def _touch(self, path: bytes, fd: OwnedFd) -> None:
+        """To be called before names in a directory change. The layer may not name it, and then it looks
+        afterwards as it did before."""
+        st = os.fstat(fd.fd)
+        if path not in self._directories:
+            self._touched.setdefault(path, (st.st_mtime_ns, stat.S_IMODE(st.st_mode)))
+        if not self._maker.privileged and st.st_mode & 0o700 != 0o700 and st.st_uid == os.geteuid():
+            os.chmod(fd_path(fd.fd), stat.S_IMODE(st.st_mode) | 0o700)
+
+    def _forget(self, path: bytes) -> None:
+        """Drops what was known of a tree that goes away, so that the end does not set its times on whatever
+        comes in its place."""
+        directory, name = split(path)
+        self._own.get(directory, set()).discard(name)
+        self._forget_parents()
+        if path not in self._own and path not in self._directories and path not in self._touched:
+            return
+        drop_tree(self._own, path)
+        drop_tree(self._directories, path)
+        drop_tree(self._touched, path)
+        drop_tree(self._implied, path)
+
+    # --- at the end ---
+
+    def _finish_directories(self) -> None:
+        """Owners, modes, xattrs and times of directories, deepest first: a parent's mode may forbid the way
+        to its children."""
+        self._forget_parents()
+        for path in sorted(self._directories.keys() | self._touched.keys(), key=_depth, reverse=True):
+            member = self._directories.get(path)
+            if member is not None:
+                fd = self._open(path)
+                self._maker.set_attributes(fd_path(fd.fd), member, follow=True, clean=True)
+                continue
+            try:
+                fd = self._open(path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # it was touched, and then went with the tree that it was in
+            time, mode = self._touched[path]
+            st = os.fstat(fd.fd)
+            if stat.S_IMODE(st.st_mode) != mode:
+                os.fchmod(fd.fd, mode)
+            os.utime(fd.fd, ns=(st.st_atime_ns, time))
+
+
+def drop_tree(table: dict[bytes, _T] | set[bytes], path: bytes) -> None:
+    """Removes `path` and all below it from a table by paths."""
+    inside = path + b"/"
+    for gone in [key for key in table if key == path or key.startswith(inside)]:
+        if isinstance(table, set):
+            table.discard(gone)
+        else:
+            del table[gone]
+
+
+def _depth(path: bytes) -> int:
+    return path.count(b"/") + 1 if path else 0
