@@ -18,12 +18,13 @@ import posixpath
 import re
 import stat
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
 from layerfs.errors import ImageError, TarError
 from layerfs.fdutil import OwnedFd, fd_path
-from layerfs.ids import DiffId, Digest
+from layerfs.ids import Digest
 from layerfs.oci.image import (
     MAX_CONFIG,
     MAX_MANIFEST,
@@ -31,7 +32,6 @@ from layerfs.oci.image import (
     Image,
     ImageLayer,
     Index,
-    OpenLayer,
     chain_ids,
     check,
     check_digest,
@@ -204,15 +204,12 @@ class DockerArchive:
                 f"the image is wrong: manifest.json has {len(entry.layers)} layers, "
                 f"its config {len(diff_ids)}"
             )
-        places = [self._place(name) for name in entry.layers]
-
-        def layer(place: _Place, diff_id: DiffId, chain_id: str) -> ImageLayer:
-            return ImageLayer(
-                diff_id, chain_id, None, lambda: OpenLayer(self._open_at(place), place.size, None, diff_id)
-            )
-
-        layers = tuple(map(layer, places, diff_ids, chain_ids(diff_ids)))
-        return Image(reference, None, None, config, config_digest, layers)
+        places = map(self._place, entry.layers)
+        layers = tuple(
+            ImageLayer(diff_id, chain_id, None, place.size, partial(self._open_at, place))
+            for place, diff_id, chain_id in zip(places, diff_ids, chain_ids(diff_ids), strict=True)
+        )
+        return Image(reference, next(iter(entry.repo_tags), ""), None, None, config, config_digest, layers)
 
     # -- an OCI layout in a tar: what `resolve` asks of a store ---------------------------------------
 

@@ -254,13 +254,17 @@ class OpenLayer:
 
     def __init__(self, fd: int, size: int, digest: Digest | None, diff_id: DiffId) -> None:
         """Takes over `fd`, which stands at the first of the layer's `size` bytes. `digest` is of these bytes;
-        None where nobody told it."""
+        None where nobody told it. Raises TarError for a compression that layers may not have."""
         self._fd = fd
         self._start = os.lseek(fd, 0, os.SEEK_CUR)
         self._size = size
         self._digest = digest
         self._diff_id = diff_id
-        self.source = LayerSource(fd, size=size, digests=True)
+        try:
+            self.source = LayerSource(fd, size=size, digests=True)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def __enter__(self) -> OpenLayer:
         return self
@@ -268,6 +272,7 @@ class OpenLayer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.source.close()
         os.close(self._fd)
 
     def verify(self) -> None:
@@ -296,22 +301,33 @@ class OpenLayer:
 
 @dataclass(frozen=True, slots=True)
 class ImageLayer:
-    """`descriptor` is None in a docker archive, which tells DiffIDs alone."""
+    """One layer and where its bytes are. `descriptor` is None in a docker archive, which tells DiffIDs alone.
+
+    `open_raw` gives a new descriptor that stands at the first of the layer's `size` bytes, as they are
+    stored; nothing of them is verified."""
 
     diff_id: DiffId
     chain_id: str
     descriptor: Descriptor | None
-    open: Callable[[], OpenLayer]
+    size: int
+    open_raw: Callable[[], int]
+
+    def open(self) -> OpenLayer:
+        """Raises ImageError, TarError, OSError."""
+        digest = self.descriptor.digest if self.descriptor is not None else None
+        return OpenLayer(self.open_raw(), self.size, digest, self.diff_id)
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
     """An image, its documents read and verified; of its layers nothing but the number is checked.
 
-    `manifest` and `descriptor` (the manifest's) are None in a docker archive. `config_digest` is the image
-    ID. `layers` are lowest first."""
+    `reference` is what the user said; `name` a tag of the image, where it has one. `manifest` and
+    `descriptor` (the manifest's) are None in a docker archive. `config_digest` is the image ID. `layers` are
+    lowest first."""
 
     reference: str
+    name: str
     descriptor: Descriptor | None
     manifest: Manifest | None
     config: Config

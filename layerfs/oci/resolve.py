@@ -4,10 +4,11 @@ not where they lie."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 from layerfs.errors import ImageError
-from layerfs.ids import DiffId, Digest
+from layerfs.ids import Digest
 from layerfs.oci.image import (
     INDEXES,
     MANIFESTS,
@@ -17,7 +18,6 @@ from layerfs.oci.image import (
     Image,
     ImageLayer,
     Index,
-    OpenLayer,
     Platform,
     chain_ids,
     parse_config,
@@ -74,17 +74,12 @@ def load(store: Store, descriptor: Descriptor, reference: str) -> Image:
         raise ImageError(
             f"the image is wrong: its manifest has {len(manifest.layers)} layers, its config {len(diff_ids)}"
         )
-
-    def layer(blob: Descriptor, diff_id: DiffId, chain_id: str) -> ImageLayer:
-        return ImageLayer(
-            diff_id,
-            chain_id,
-            blob,
-            lambda: OpenLayer(store.open_blob(blob), blob.size, blob.digest, diff_id),
-        )
-
-    layers = tuple(map(layer, manifest.layers, diff_ids, chain_ids(diff_ids)))
-    return Image(reference, descriptor, manifest, config, manifest.config.digest, layers)
+    layers = tuple(
+        ImageLayer(diff_id, chain_id, blob, blob.size, partial(store.open_blob, blob))
+        for blob, diff_id, chain_id in zip(manifest.layers, diff_ids, chain_ids(diff_ids), strict=True)
+    )
+    name = descriptor.annotations.get(REF_NAME, "")
+    return Image(reference, name, descriptor, manifest, config, manifest.config.digest, layers)
 
 
 class _Walk:
