@@ -18,13 +18,12 @@ import os
 import secrets
 import stat
 import time
-import time
 
 from layerfs.errors import LayerError, TarError
-from layerfs.fdutil import OwnedFd, at_path, fd_path
+from layerfs.fdutil import OwnedFd, at_path
 from layerfs.oci.beneath import ROOT, in_the_way, is_behind_link, names_in, remove, subdirectory
 from layerfs.oci.building import Applied, Builder
-from layerfs.oci.making import Parent, clean_acls, clean_xattrs
+from layerfs.oci.making import Parent, clean_acls
 from layerfs.oci.member import Kind, Member, display, join, made_up_time, split
 from layerfs.oci.plan import Plan, check_names
 from layerfs.oci.streams import LayerSource
@@ -148,19 +147,6 @@ class _Applier(Builder):
 
     def _hide_all(self, directory: bytes, member: bytes) -> None:
         self._prune(directory, self._to_hide_in(directory, member))
-        self._disinherit(directory, itself=False)
-
-    def _disinherit(self, path: bytes, *, itself: bool) -> None:
-        """What is hidden gives no attributes to directories that this layer has used without naming them: it
-        must not matter where in the tar the whiteout stands."""
-        inside = path + b"/" if path else b""
-        for each in self._implied:
-            if each.startswith(inside) or (itself and each == path):
-                self._touched[each] = (self._implied_ns or time.time_ns(), 0o755)
-                where = fd_path(self._open(each).fd)
-                if self._maker.privileged:
-                    os.chown(where, os.geteuid(), os.getegid())
-                clean_xattrs(where, {}, follow=True)
 
     def _prune(self, path: bytes, fd: OwnedFd | None) -> None:
         """Removes everything below the directory `path` (`fd`) that this layer did not make."""
