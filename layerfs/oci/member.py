@@ -91,14 +91,16 @@ def plain_path(raw: bytes, what: str = "member") -> bytes:
         raise TarError(f"a {what} has no name")
     if b"\0" in raw:
         raise TarError(f"{what} {display(raw)}: its name holds a NUL")
-    parts = [part for part in raw.split(b"/") if part not in (b"", b".")]
+    parts = [part for part in raw.split(b"/") if part and part != b"."]
     if raw.startswith(b"/") and parts:
         raise TarError(f"{what} {display(raw)}: its name is absolute")
     if b".." in parts:
         raise TarError(f"{what} {display(raw)}: its name has a '..'")
     path = b"/".join(parts)
     # The longest name there is can have a whiteout, which no file system could hold but a tar can.
-    if len(path) > MAX_PATH or any(len(part.removeprefix(whiteout.PREFIX)) > MAX_NAME for part in parts):
+    if len(path) > MAX_NAME and (
+        len(path) > MAX_PATH or any(len(part.removeprefix(whiteout.PREFIX)) > MAX_NAME for part in parts)
+    ):
         raise TarError(f"{what} {display(path[:60])}...: its name is too long")
     return path
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import re
 import struct
+import zlib
 from collections.abc import Iterator
 from typing import Protocol
 
 from layerfs.errors import TarError
-from layerfs.oci.member import Kind, Member, display, plain_path
+from layerfs.oci.member import MAX_NAME, MAX_PATH, Kind, Member, display, plain_path
 from layerfs.oci.tarwriter import BLOCK, XATTR_KEY, xattr_name
 
 #: Bytes of extended headers for one member. The kernel lets an inode carry a list of 64 KiB of xattr names
@@ -28,9 +29,12 @@ MAX_ID = 0xFFFFFFFE
 #: An archive may be padded (GNU tar: to 10 KiB; tapes: more); a stream that goes on for longer than this is
 #: not padding.
 MAX_PADDING = 16 << 20
+#: Largest value of an xattr (XATTR_SIZE_MAX).
+MAX_XATTR = 64 << 10
 _MAX_SECONDS = 1 << 40
 
-_HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s6s2s32s32s8s8s155s12x")
+#: Name, mode, uid, gid, size, mtime, (checksum), type, link, magic, (version, owner's names), device, prefix.
+_HEADER = struct.Struct("100s8s8s8s12s12s8x1s100s6s66x8s8s155s12x")
 _ZERO = bytes(BLOCK)
 _TIME = re.compile(rb"(-?)([0-9]{1,13})(?:\.([0-9]*))?")
 _KINDS = {
@@ -44,6 +48,8 @@ _KINDS = {
     b"5": Kind.DIR,
     b"6": Kind.FIFO,
 }
+_LINKS = (Kind.SYMLINK, Kind.HARDLINK)
+_DEVICES = (Kind.CHAR, Kind.BLOCK)
 _REFUSED = {
     b"S": "a GNU sparse file: write the archive without --sparse",
     b"M": "a piece of a multi-volume archive",
@@ -58,22 +64,42 @@ def _text(raw: bytes) -> bytes:
 
 
 def _number(raw: bytes, what: str) -> int:
-    if raw[0] & 0x80:
-        # GNU base-256, big-endian; 0xff at the front: a negative number.
-        value = int.from_bytes(raw, "big")
-        return value - (1 << 8 * len(raw)) if raw[0] == 0xFF else value - (0x80 << 8 * (len(raw) - 1))
-    digits = _text(raw).strip(b" ")
-    if not digits:
-        return 0
-    if not re.fullmatch(rb"[0-7]+", digits):
-        raise TarError(f"the layer is damaged: a header's {what} is no number")
-    return int(digits, 8)
+    digits = raw.rstrip(b"\0 ")
+    if not digits.isdigit():
+        if raw[0] & 0x80:
+            # GNU base-256, big-endian; 0xff at the front: a negative number.
+            value = int.from_bytes(raw, "big")
+            return value - (1 << 8 * len(raw)) if raw[0] == 0xFF else value - (0x80 << 8 * (len(raw) - 1))
+        digits = _text(raw).strip(b" ")
+        if not digits:
+            return 0
+    try:
+        if digits.isdigit():
+            return int(digits, 8)
+    except ValueError:  # an 8 or a 9
+        pass
+    raise TarError(f"the layer is damaged: a header's {what} is no number")
 
 
 def _decimal(value: bytes, key: bytes) -> int:
     if not re.fullmatch(rb"[0-9]{1,20}", value):
         raise TarError(f"the layer is damaged: pax {display(key)}={display(value[:40])} is no number")
     return int(value)
+
+
+def _check_sum(block: bytes) -> None:
+    told = block[148:156]
+    digits = told.strip(b" \0")
+    # Adler-32's low half is one more than the sum of the bytes, modulo 65,521: more than 256 bytes can reach.
+    total = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
+    total += 8 * 0x20 - sum(told)  # its own field counts as blanks
+    try:
+        wrong = int(digits, 8) - total if digits.isdigit() else -1
+    except ValueError:  # an 8 or a 9
+        wrong = -1
+    # Some old writers summed signed bytes.
+    if wrong and wrong != -256 * sum(byte >= 0x80 for byte in block[:148] + block[156:]):
+        raise TarError("the layer is damaged or no tar archive: a header's checksum is wrong")
 
 
 def parse_time(value: bytes) -> int:
@@ -94,7 +120,7 @@ def parse_records(body: bytes) -> dict[bytes, bytes]:
     while at < len(body):
         space = body.find(b" ", at, at + 10)
         digits = body[at:space] if space > 0 else b""
-        end = at + int(digits) if re.fullmatch(rb"[0-9]+", digits) else 0
+        end = at + int(digits) if digits.isdigit() else 0
         equals = body.find(b"=", space, end)
         if end <= space or end > len(body) or equals <= space + 1 or body[end - 1] != 0x0A:
             raise TarError("the layer is damaged: a pax header has a malformed record")
@@ -150,7 +176,8 @@ class TarReader:
         return TarError(f"the layer is truncated: it ends {where}")
 
     def _pass_over(self) -> None:
-        if not self._source.skip(self._left + self._padding):
+        rest = self._left + self._padding
+        if rest and not self._source.skip(rest):
             raise self._truncated()
         self._left = self._padding = 0
         self._name = b""
@@ -177,7 +204,7 @@ class TarReader:
                     raise TarError("the layer is damaged: an extended header is followed by no member")
                 return None
             kind = block[156:157]
-            self._checksum(block)
+            _check_sum(block)
             if kind not in b"xgLKX":
                 return self._member(block, records or {}, long_name, long_link)
             size = _number(block[124:136], "size")
@@ -201,15 +228,6 @@ class TarReader:
             else:
                 long_link = _text(body)
 
-    @staticmethod
-    def _checksum(block: bytes) -> None:
-        digits = block[148:156].strip(b" \0")
-        told = int(digits, 8) if re.fullmatch(rb"[0-7]+", digits) else -1
-        total = sum(block) - sum(block[148:156]) + 8 * 0x20
-        # Some old writers summed signed bytes.
-        if told != total and told != total - 256 * sum(byte >= 0x80 for byte in block[:148] + block[156:]):
-            raise TarError("the layer is damaged or no tar archive: a header's checksum is wrong")
-
     def _member(
         self,
         block: bytes,
@@ -217,69 +235,83 @@ class TarReader:
         long_name: bytes | None,
         long_link: bytes | None,
     ) -> Member:
-        (raw_name, raw_mode, raw_uid, raw_gid, raw_size, raw_mtime, _, flag, raw_link, magic, _, _, _) = (
-            _HEADER.unpack(block)[:13]
-        )
-        raw_major, raw_minor, raw_prefix = _HEADER.unpack(block)[13:]
-        name = _text(raw_name)
-        if magic == b"ustar\0" and raw_prefix[0]:
-            name = _text(raw_prefix) + b"/" + name
+        name, mode, uid, gid, size, mtime, flag, link, magic, major, minor, prefix = _HEADER.unpack(block)
+        name = _text(name)
+        if magic == b"ustar\0" and prefix[0]:
+            name = _text(prefix) + b"/" + name
         name = records.get(b"path") or long_name or name
-        link = records.get(b"linkpath") or long_link or _text(raw_link)
         if flag in _REFUSED:
             raise TarError(f"member {display(name)} is {_REFUSED[flag]}")
         kind = _KINDS.get(flag)
         if kind is None:
             raise TarError(f"member {display(name)} is of a type that layers do not have ({flag!r})")
-        if any(key.startswith(b"GNU.sparse.") for key in records):
-            raise TarError(f"member {display(name)} is {_REFUSED[b'S']}")
         if kind is Kind.FILE and name.endswith(b"/"):
             kind = Kind.DIR  # how V7 marked directories
         path = plain_path(name)
         if not path and kind is not Kind.DIR:
             raise TarError(f"member {display(name)}: the root of a layer is a directory")
-
-        size = _decimal(records[b"size"], b"size") if b"size" in records else _number(raw_size, "size")
-        uid = _decimal(records[b"uid"], b"uid") if b"uid" in records else _number(raw_uid, "uid")
-        gid = _decimal(records[b"gid"], b"gid") if b"gid" in records else _number(raw_gid, "gid")
-        if b"mtime" in records:
-            mtime_ns = parse_time(records[b"mtime"])
-        else:
-            mtime_ns = _number(raw_mtime, "mtime") * 1_000_000_000
-        if kind is not Kind.FILE:
-            size = 0  # some writers repeat the size of what a hard link joins; no data follow
-        if not 0 <= size <= MAX_FILE:
-            raise TarError(f"member {display(path)} claims {size} bytes: more than any file may have")
-        if not 0 <= uid <= MAX_ID or not 0 <= gid <= MAX_ID:
-            raise TarError(f"member {display(path)} has an owner that does not exist ({uid}:{gid})")
-        if abs(mtime_ns) > _MAX_SECONDS * 1_000_000_000:
-            raise TarError(f"member {display(path)} has an impossible time")
-        rdev = (0, 0)
-        if kind in (Kind.CHAR, Kind.BLOCK):
-            rdev = (_number(raw_major, "device number"), _number(raw_minor, "device number"))
-            if not (0 <= rdev[0] < 1 << 12 and 0 <= rdev[1] < 1 << 20):
-                raise TarError(f"member {display(path)} has an impossible device number")
         target = b""
-        if kind is Kind.HARDLINK:
-            target = plain_path(link, f"hard link {display(path)} to")
-            if not target or target == path:
-                raise TarError(f"member {display(path)} is a hard link to itself or to the root")
-        elif kind is Kind.SYMLINK:
-            target = link
-            if not target or b"\0" in target or len(target) > 4095:
-                raise TarError(f"member {display(path)} is a symbolic link to nothing that can be named")
+        if kind in _LINKS:
+            target = self._target(path, kind, records.get(b"linkpath") or long_link or _text(link))
         return Member(
             path,
             kind,
-            _number(raw_mode, "mode") & 0o7777,
-            uid,
-            gid,
-            mtime_ns,
-            size,
+            _number(mode, "mode") & 0o7777,
+            self._owner(path, records, b"uid", uid),
+            self._owner(path, records, b"gid", gid),
+            self._time(path, records, mtime),
+            # Some writers repeat the size of what a hard link joins; no data follow.
+            self._size(path, records, size) if kind is Kind.FILE else 0,
             target,
-            rdev,
-            self._xattrs(path, records),
+            self._device(path, major, minor) if kind in _DEVICES else (0, 0),
+            self._xattrs(path, records) if records else {},
         )
+
+    # --- the fields of a member, which has a name by now ---
+
+    @staticmethod
+    def _size(path: bytes, records: dict[bytes, bytes], raw: bytes) -> int:
+        size = _decimal(records[b"size"], b"size") if b"size" in records else _number(raw, "size")
+        if not 0 <= size <= MAX_FILE:
+            raise TarError(f"member {display(path)} claims {size} bytes: more than any file may have")
+        return size
+
+    @staticmethod
+    def _owner(path: bytes, records: dict[bytes, bytes], key: bytes, raw: bytes) -> int:
+        owner = _decimal(records[key], key) if key in records else _number(raw, key.decode())
+        if not 0 <= owner <= MAX_ID:
+            raise TarError(
+                f"member {display(path)} has an owner that does not exist ({key.decode()} {owner})"
+            )
+        return owner
+
+    @staticmethod
+    def _time(path: bytes, records: dict[bytes, bytes], raw: bytes) -> int:
+        if b"mtime" in records:
+            nanoseconds = parse_time(records[b"mtime"])
+        else:
+            nanoseconds = _number(raw, "mtime") * 1_000_000_000
+        if abs(nanoseconds) > _MAX_SECONDS * 1_000_000_000:
+            raise TarError(f"member {display(path)} has an impossible time")
+        return nanoseconds
+
+    @staticmethod
+    def _device(path: bytes, raw_major: bytes, raw_minor: bytes) -> tuple[int, int]:
+        major, minor = _number(raw_major, "device number"), _number(raw_minor, "device number")
+        if not (0 <= major < 1 << 12 and 0 <= minor < 1 << 20):
+            raise TarError(f"member {display(path)} has an impossible device number")
+        return major, minor
+
+    @staticmethod
+    def _target(path: bytes, kind: Kind, link: bytes) -> bytes:
+        if kind is Kind.SYMLINK:
+            if not link or b"\0" in link or len(link) > MAX_PATH:
+                raise TarError(f"member {display(path)} is a symbolic link to nothing that can be named")
+            return link
+        target = plain_path(link, f"hard link {display(path)} to")
+        if not target or target == path:
+            raise TarError(f"member {display(path)} is a hard link to itself or to the root")
+        return target
 
     @staticmethod
     def _xattrs(path: bytes, records: dict[bytes, bytes]) -> dict[str, bytes]:
@@ -287,9 +319,11 @@ class TarReader:
         for key, value in records.items():
             if key.startswith(XATTR_KEY):
                 name = xattr_name(key[len(XATTR_KEY) :])
-                if not name or b"\0" in name or len(name) > 255 or len(value) > 65536:
+                if not name or b"\0" in name or len(name) > MAX_NAME or len(value) > MAX_XATTR:
                     raise TarError(f"member {display(path)} has an impossible extended attribute")
                 found[os.fsdecode(name)] = value
+            elif key.startswith(b"GNU.sparse."):
+                raise TarError(f"member {display(path)} is {_REFUSED[b'S']}")
         return found
 
     def _finish(self) -> None:
