@@ -89,7 +89,8 @@ PORTS = {
     "EXPOSE 80/TCP": ({"80/TCP"}, {"80/tcp"}),
     "EXPOSE $SP": ({"80/tcp", "443/tcp"}, {"80/tcp", "443/tcp"}),
 }
-#: What podman commit, which knows neither quotes nor variables, understands as docker does.
+#: What podman commit, which knows neither quotes nor variables and writes signals as numbers, understands as
+#: docker does.
 SIMPLE = [
     'CMD ["a","b"]',
     "CMD a b",
@@ -98,7 +99,6 @@ SIMPLE = [
     "ENV N=y",
     "EXPOSE 80/udp",
     "LABEL l=x",
-    "STOPSIGNAL SIGINT",
     "USER bob",
     "VOLUME /a",
     "WORKDIR /abs",
