@@ -9,56 +9,62 @@ import sys
 import click
 
 from layerfs.cli import talk
+from layerfs.cli.progress import bar
+from layerfs.cli.upper_options import Chosen, upper_options
 from layerfs.control import mounts
 from layerfs.errors import UsageError
-from layerfs.oci.commit import Summary, output_file, write_layer
+from layerfs.oci.commit import CommitOptions, Summary, output_file, write_layer
+from layerfs.oci.streams import COMPRESSIONS
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--upper", metavar="DIR", help="The upper directory, when it is not mounted.")
-@click.option(
-    "--lower", "lowers", multiple=True, metavar="DIR", help="A lower layer, top first; may be repeated."
-)
-@click.option(
-    "--userxattr/--no-userxattr",
-    default=None,
-    help="The upper's marks are user.* or trusted.* attributes. [default: found out]",
-)
+@upper_options
 @click.option("-o", "--output", metavar="FILE", help="Where the layer goes; '-' and default: stdout.")
 @click.option(
-    "--compression",
-    type=click.Choice(("none", "gzip")),
-    default="none",
-    show_default=True,
-    help="Of the layer.",
+    "--compression", type=click.Choice(COMPRESSIONS), default="none", show_default=True, help="Of the layer."
 )
-@click.option("--json", "as_json", is_flag=True, help="The summary as one JSON object.")
-@click.argument("mountpoint", required=False)
+@click.option("--level", type=int, metavar="N", help="Of the compression. [default: a fast one]")
+@click.option(
+    "--keep-unchanged",
+    is_flag=True,
+    help="Keep copies that equal what lies below them. [default: they are left out]",
+)
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Take what PATTERN names as if it had not been changed: neither added nor deleted, with all below"
+    " it. As in .gitignore, from the root of the layer: '*.pyc' at any depth, '/tmp' and 'var/cache' from the"
+    " root, 'log/' directories only, '**' any directories, a later '!PATTERN' takes back. May be repeated.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The summary as one JSON object; no progress bar.")
 def command(
-    upper: str | None,
-    lowers: tuple[str, ...],
-    userxattr: bool | None,
+    chosen: Chosen,
     output: str | None,
     compression: str,
+    level: int | None,
+    keep_unchanged: bool,
+    exclude: tuple[str, ...],
     as_json: bool,
-    mountpoint: str | None,
 ) -> int:
     """Make an OCI layer of the changes in the mount on MOUNTPOINT, or in --upper over --lower.
 
     The same trees give the same bytes. With -o the summary goes to stdout, and FILE appears only when it is
     whole; otherwise the layer goes to stdout and the summary to stderr.
     """
+    options = CommitOptions(compression, level, keep_unchanged, exclude)
     to_stdout = output in (None, "-")
     if to_stdout and sys.stdout.isatty():
         raise UsageError("a layer is not for the terminal: give -o FILE, or send the output elsewhere")
-    stack = mounts.open_layers(mountpoint, upper, lowers, userxattr, durable=True)
-    if to_stdout:
-        sys.stdout.flush()
-        summary = write_layer(stack, sys.stdout.fileno(), compression)
-    else:
-        assert output is not None and stack.upper is not None
-        with output_file(output, keep_out_of=stack.upper.fd.fd) as fd:
-            summary = write_layer(stack, fd, compression)
+    stack = mounts.open_layers(chosen.mountpoint, chosen.upper, chosen.lowers, chosen.userxattr, durable=True)
+    with bar("commit", quiet=as_json) as progress:
+        if to_stdout:
+            sys.stdout.flush()
+            summary = write_layer(stack, sys.stdout.fileno(), options, progress)
+        else:
+            assert output is not None and stack.upper is not None
+            with output_file(output, keep_out_of=stack.upper.fd.fd) as fd:
+                summary = write_layer(stack, fd, options, progress)
     for note in summary.notes:
         talk.note("layerfs commit", note)
     text = json.dumps(_as_json(summary)) if as_json else "\n".join(_lines(summary))
@@ -68,16 +74,18 @@ def command(
 
 def _lines(summary: Summary) -> list[str]:
     written = summary.written
-    size = f"{written.size:,} bytes"
+    size = f"{summary.file_bytes:,} in files"
     if written.size != written.tar_size:
-        size += f" ({written.tar_size:,} uncompressed)"
+        size += f", {written.tar_size:,} uncompressed"
     counts = f"{summary.added} added, {summary.changed} changed, {summary.deleted} deleted"
     if summary.unchanged:
         counts += f", {summary.unchanged} left out as unchanged"
+    if summary.excluded:
+        counts += f", {summary.excluded} excluded"
     return [
         f"DiffID   {written.diff_id}",
         f"Digest   {written.digest}",
-        f"Size     {size}",
+        f"Size     {written.size:,} bytes ({size})",
         f"Changes  {counts}",
     ]
 
@@ -90,9 +98,11 @@ def _as_json(summary: Summary) -> dict[str, object]:
         "media_type": written.media_type,
         "size": written.size,
         "uncompressed_size": written.tar_size,
+        "file_bytes": summary.file_bytes,
         "added": summary.added,
         "changed": summary.changed,
         "deleted": summary.deleted,
         "unchanged": summary.unchanged,
+        "excluded": summary.excluded,
         "notes": list(summary.notes),
     }

@@ -9,6 +9,7 @@ import sys
 import click
 
 from layerfs.cli import talk
+from layerfs.cli.upper_options import Chosen, upper_options
 from layerfs.control import mounts
 from layerfs.oci.changes import Change, ChangeFinder, ChangeKind
 from layerfs.oci.member import Kind, display
@@ -26,26 +27,17 @@ _TYPES = {
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--upper", metavar="DIR", help="The upper directory, when it is not mounted.")
-@click.option(
-    "--lower", "lowers", multiple=True, metavar="DIR", help="A lower layer, top first; may be repeated."
-)
-@click.option(
-    "--userxattr/--no-userxattr",
-    default=None,
-    help="The upper's marks are user.* or trusted.* attributes. [default: found out]",
-)
+@upper_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON array of {kind, path, type}.")
-@click.argument("mountpoint", required=False)
-def command(
-    upper: str | None, lowers: tuple[str, ...], userxattr: bool | None, as_json: bool, mountpoint: str | None
-) -> int:
+def command(chosen: Chosen, as_json: bool) -> int:
     """Show what changed in the mount on MOUNTPOINT, or in --upper over --lower.
 
     One line for each name: A added, C changed (content or metadata), D deleted. Control characters and
     backslashes in names are escaped; --json has them as they are.
     """
-    stack = mounts.open_layers(mountpoint, upper, lowers, userxattr, durable=False)
+    stack = mounts.open_layers(
+        chosen.mountpoint, chosen.upper, chosen.lowers, chosen.userxattr, durable=False
+    )
     notes: list[str] = []
     found = [change for change in ChangeFinder(stack, notes) if change.kind in _SHOWN]
     found.sort(key=lambda change: change.path.split(b"/"))

@@ -29,6 +29,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.syncfs.argtypes = [ctypes.c_int]
+_libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
 
 
 class _OpenHow(ctypes.Structure):
@@ -131,3 +132,12 @@ def fs_uuid(fd: int) -> bytes | None:
     except OSError:
         return None
     return bytes(buffer[1:17]) if buffer[0] == 16 else None
+
+
+def fs_magic(path: str | bytes) -> int:
+    """`f_type` of statfs(2), which `os.statvfs` leaves out. Raises OSError."""
+    # struct statfs is 120 bytes on 64-bit Linux and begins with a long f_type
+    buffer = (ctypes.c_long * 32)()
+    if _libc.statfs(os.fsencode(path), ctypes.byref(buffer)) != 0:
+        _raise(os.fsencode(path))
+    return int(buffer[0]) & 0xFFFFFFFF

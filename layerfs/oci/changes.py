@@ -13,42 +13,16 @@ Does not write tar (`commit`) and does not merge (`layerfs.stack`).
 from __future__ import annotations
 
 import enum
-import errno
 import os
-import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from layerfs.errors import LayerError
-from layerfs.fdutil import OwnedFd, at_path, openat2
 from layerfs.oci.member import Kind, Member, display, join
+from layerfs.oci.objects import Data, Found, Objects, unreadable
+from layerfs.oci.snapshot import Snapshots
 from layerfs.overlay import whiteout
-from layerfs.overlay.names import shown
-from layerfs.stack import (
-    Entry,
-    LowerDir,
-    Merged,
-    Stack,
-    data_source,
-    lower_directories,
-    merge_directory,
-    read_marks,
-)
-from layerfs.stack.layer import INSIDE
-
-#: Labels that the machine puts on every file, and ACLs that only a server can interpret: they are of this
-#: place, not of the image.
-_OF_THIS_MACHINE = ("security.selinux", "security.ima", "security.evm", "system.nfs4_acl")
-_COMPARE = 1 << 20
-
-_KINDS = {
-    stat.S_IFREG: Kind.FILE,
-    stat.S_IFDIR: Kind.DIR,
-    stat.S_IFLNK: Kind.SYMLINK,
-    stat.S_IFIFO: Kind.FIFO,
-    stat.S_IFCHR: Kind.CHAR,
-    stat.S_IFBLK: Kind.BLOCK,
-}
+from layerfs.stack import Entry, LowerDir, Merged, Stack, lower_directories, merge_directory
 
 
 class ChangeKind(enum.Enum):
@@ -62,14 +36,13 @@ class ChangeKind(enum.Enum):
     CARRIED = "="
     #: A copy that equals what lies below: no part of the layer.
     UNCHANGED = "."
+    #: Left out by a pattern, with all below it: no part of the layer, whatever it is.
+    EXCLUDED = "-"
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where the bytes of a file are."""
-
-    home: LowerDir
-    name: bytes
+class Exclude(Protocol):
+    def __call__(self, path: bytes, *, is_dir: bool) -> bool:
+        """Whether `path` is to be taken as if it had not been changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +50,12 @@ class Change:
     """One name that differs, or is carried along.
 
     `member` is what the name is now, hard links included (`Kind.HARDLINK` to a name that came earlier); None
-    for a deletion. `source`: where a file's data are; None for everything else."""
+    for a deletion and for what is excluded. `data`: a file's bytes; None for everything else."""
 
     kind: ChangeKind
     path: bytes
     member: Member | None = None
-    source: Source | None = None
+    data: Data | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +73,6 @@ def _places(directories: Iterable[LowerDir]) -> list[tuple[int, bytes]]:
 
 
 @dataclass(slots=True)
-class _Object:
-    """One object of a merged tree, described as a member under its path; `stat` is its own, `source` set for
-    files."""
-
-    member: Member
-    stat: os.stat_result
-    source: Source | None
-
-
-@dataclass(slots=True)
 class _Frame:
     """A directory being walked: what is left to do in it, and its own change if that waits for something
     inside to be worth telling."""
@@ -124,15 +87,34 @@ class _Frame:
 
 
 class ChangeFinder:
-    """Compares a stack's upper with its lowers. `notes` gathers what a layer cannot carry, one line each."""
+    """Compares a stack's upper with its lowers."""
 
-    def __init__(self, stack: Stack, notes: list[str]) -> None:
-        assert stack.upper is not None, "nothing changes without an upper"
+    def __init__(
+        self,
+        stack: Stack,
+        notes: list[str],
+        *,
+        whole: bool = False,
+        keep_unchanged: bool = False,
+        exclude: Exclude | None = None,
+        with_data: bool = False,
+        snapshots: Snapshots | None = None,
+    ) -> None:
+        """`notes` gathers what a layer cannot carry, one line each.
+
+        `whole`: compares with nothing instead, so that everything in the merged tree is ADDED; then there
+        need not be an upper. `keep_unchanged`: copies that equal what lies below are CARRIED. `with_data`:
+        the bytes of files will be read; `snapshots`: of the upper's through this."""
+        assert whole or stack.upper is not None, "nothing changes without an upper"
         self._stack = stack
-        self._upper_root = stack.upper.root
         self._notes = notes
+        self._whole = whole
+        self._keep = keep_unchanged
+        self._exclude = exclude
+        self._objects = Objects(stack, snapshots)
+        self._wanted: Callable[[os.stat_result], bool] | None = self._is_new if with_data else None
         #: (device, inode) of objects with several names -> the first one that was told
-        self._first_names: dict[tuple[int, int], bytes] = {}
+        self._first_names: dict[tuple[int, int], Member] = {}
 
     def __iter__(self) -> Iterator[Change]:
         """Changes in the order in which a layer holds them: parents before children, deletions before their
@@ -140,11 +122,11 @@ class ChangeFinder:
 
         Raises LayerError when a layer cannot be read, makes no sense, or changes too much meanwhile."""
         lowers = tuple(layer.root for layer in self._stack.lowers)
-        new, base = _View(self._upper_root, lowers), _View(None, lowers)
-        waiting = self._root_change(new, base)
+        upper = self._stack.upper
+        new = _View(upper.root if upper is not None else None, lowers)
+        base = None if self._whole else _View(None, lowers)
         frames: list[_Frame] = []
-        pending = self._enter(frames, b"", new, base, waiting)
-        yield from pending
+        yield from self._enter(frames, b"", new, base, self._root_change(new, base))
         # An explicit stack: a tree may be deeper than Python's.
         while frames:
             frame = frames[-1]
@@ -155,7 +137,7 @@ class ChangeFinder:
             try:
                 yield from self._visit(frames, frame, name)
             except OSError as error:
-                raise _unreadable(join(frame.path, name), error) from error
+                raise unreadable(join(frame.path, name), error) from error
 
     # --- walking ---
 
@@ -172,12 +154,15 @@ class ChangeFinder:
             todo = sorted(new_names)
         frame = _Frame(path, new, new_names, base, base_names, iter(todo), own)
         frames.append(frame)
-        if own is not None and own.kind is not ChangeKind.CARRIED:
+        if own is not None and (own.kind is not ChangeKind.CARRIED or (self._keep and new.upper is not None)):
             yield from _told(frames)
-        if deleted:
-            yield from _told(frames)
-            for name in deleted:
-                yield Change(ChangeKind.DELETED, join(path, name))
+        for name in deleted:
+            gone = join(path, name)
+            if self._is_excluded(gone, base_names[name].is_dir):
+                yield Change(ChangeKind.EXCLUDED, gone)
+            else:
+                yield from _told(frames)
+                yield Change(ChangeKind.DELETED, gone)
 
     def _visit(self, frames: list[_Frame], frame: _Frame, name: bytes) -> Iterator[Change]:
         path = join(frame.path, name)
@@ -189,16 +174,18 @@ class ChangeFinder:
             base_child = self._child(frame.base, name, base_entry)
         if base_entry is not None and _is_same(entry, base_entry, new_child, base_child):
             return
-        try:
-            now = self._describe(frame.new, name, entry, path)
-        except FileNotFoundError:
-            self._notes.append(f"{display(path)}: vanished while it was read")
-            if base_entry is not None:
-                yield from _told(frames)
-                yield Change(ChangeKind.DELETED, path)
+        if self._is_excluded(path, entry.is_dir):
+            yield Change(ChangeKind.EXCLUDED, path)
             return
+        try:
+            now = self._describe(frame.new, name, entry, path, self._wanted)
+        except FileNotFoundError:
+            now = None
+            self._notes.append(f"{display(path)}: vanished while it was read")
+        else:
+            if now is None:
+                self._notes.append(f"{display(path)}: a socket, which a layer cannot hold: skipped")
         if now is None:
-            self._notes.append(f"{display(path)}: a socket, which a layer cannot hold: skipped")
             if base_entry is not None:
                 yield from _told(frames)
                 yield Change(ChangeKind.DELETED, path)
@@ -206,30 +193,38 @@ class ChangeFinder:
         then = None
         if base_entry is not None and frame.base is not None:
             then = self._describe(frame.base, name, base_entry, path)
-        kind = self._compare(now, then)
+        kind = _compare(now, then)
+        if kind is ChangeKind.UNCHANGED and (new_child is not None or self._keep or now.stat.st_nlink > 1):
+            kind = ChangeKind.CARRIED
         if new_child is not None:
-            if kind is ChangeKind.UNCHANGED:
-                kind = ChangeKind.CARRIED
             yield from self._enter(frames, path, new_child, base_child, Change(kind, path, now.member))
             return
+        member, data = now.member, now.data
         if now.stat.st_nlink > 1:
-            key = (now.stat.st_dev, now.stat.st_ino)
-            first = self._first_names.setdefault(key, path)
-            if kind is ChangeKind.UNCHANGED:
-                kind = ChangeKind.CARRIED
-            if first != path:
-                now.member = replace(
-                    now.member, kind=Kind.HARDLINK, size=0, target=first, rdev=(0, 0), xattrs={}
+            first = self._first_names.setdefault(_identity(now.stat), member)
+            if first is not member:
+                # Attributes of the first name: it is one object, and may have been changed since.
+                member = replace(
+                    first, name=path, kind=Kind.HARDLINK, size=0, target=first.name, rdev=(0, 0), xattrs={}
                 )
-                now.source = None
+                data = None
         if kind is not ChangeKind.UNCHANGED:
             yield from _told(frames)
-        yield Change(kind, path, now.member, now.source)
+        yield Change(kind, path, member, data)
 
-    def _root_change(self, new: _View, base: _View) -> Change:
+    def _is_excluded(self, path: bytes, is_dir: bool) -> bool:
+        return self._exclude is not None and self._exclude(path, is_dir=is_dir)
+
+    def _is_new(self, st: os.stat_result) -> bool:
+        """Whether the bytes of an object will be asked for: not those of a further name."""
+        return st.st_nlink == 1 or _identity(st) not in self._first_names
+
+    def _root_change(self, new: _View, base: _View | None) -> Change:
         """The root's own change. Its time alone is no reason to report it: a new upper is always younger than
         its lowers."""
         now = self._describe_root(new)
+        if base is None:
+            return Change(ChangeKind.ADDED, b"", now)
         if base.lowers:
             then = self._describe_root(base)
             same = now == replace(then, mtime_ns=now.mtime_ns)
@@ -237,9 +232,7 @@ class ChangeFinder:
         return Change(ChangeKind.CARRIED, b"", now)
 
     def _describe_root(self, view: _View) -> Member:
-        top = view.upper if view.upper is not None else view.lowers[0]
-        fd = self._stack.open(top)
-        return _member(b"", os.stat(fd.fd), self._xattrs(fd.fd, b"."), b"")
+        return self._objects.describe_root(view.upper if view.upper is not None else view.lowers[0])
 
     # --- the merged trees ---
 
@@ -255,89 +248,33 @@ class ChangeFinder:
         parent = self._stack.open(view.upper) if in_upper and view.upper is not None else None
         return _View(upper, lower_directories(self._stack, view.lowers, name, entry.lowers, parent))
 
-    def _describe(self, view: _View, name: bytes, entry: Entry, path: bytes) -> _Object | None:
+    def _describe(
+        self,
+        view: _View,
+        name: bytes,
+        entry: Entry,
+        path: bytes,
+        wanted: Callable[[os.stat_result], bool] | None = None,
+    ) -> Found | None:
         """The object under `name`; None for a socket."""
         home = entry.home if entry.home is not None else view.upper
         assert home is not None
-        directory = self._stack.open(home)
-        st = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
-        if stat.S_ISSOCK(st.st_mode):
-            return None
-        target = os.readlink(name, dir_fd=directory.fd) if stat.S_ISLNK(st.st_mode) else b""
-        member = _member(path, st, self._xattrs(directory.fd, name), target)
-        source = None
-        if member.kind is Kind.FILE:
-            source = Source(home, name)
-            marks = read_marks(directory.fd, name, self._stack.names, lower=entry.home is not None)
-            if marks.metacopy:
-                below = entry.home.layer.index if entry.home is not None else -1
-                source = Source(*data_source(self._stack, view.lowers, name, marks.redirect, below))
-        return _Object(member, st, source)
-
-    @staticmethod
-    def _xattrs(directory: int, name: bytes) -> dict[str, bytes]:
-        """xattrs as a user of the mount sees them: overlay's own left out, one level of escape taken off."""
-        where = at_path(directory, name)
-        found: dict[str, bytes] = {}
-        try:
-            for stored in os.listxattr(where, follow_symlinks=False):
-                attribute = shown(stored)
-                if attribute is not None and attribute not in _OF_THIS_MACHINE:
-                    found[attribute] = os.getxattr(where, stored, follow_symlinks=False)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENODATA):
-                raise
-        return found
-
-    # --- comparing ---
-
-    def _compare(self, now: _Object, then: _Object | None) -> ChangeKind:
-        if then is None:
-            return ChangeKind.ADDED
-        if now.member != then.member:
-            return ChangeKind.CHANGED
-        if now.source is not None and then.source is not None and not self._same_data(now, then):
-            return ChangeKind.CHANGED
-        return ChangeKind.UNCHANGED
-
-    def _same_data(self, now: _Object, then: _Object) -> bool:
-        assert now.source is not None and then.source is not None
-        if _place(now.source) == _place(then.source):
-            return True
-        left, right = self._open(now.source), self._open(then.source)
-        offset = 0
-        while offset < now.member.size:
-            a = os.pread(left.fd, _COMPARE, offset)
-            b = os.pread(right.fd, _COMPARE, offset)
-            if a != b or not a:
-                return False
-            offset += len(a)
-        return True
-
-    def open(self, source: Source, path: bytes) -> OwnedFd:
-        """A readable descriptor of the data of the file `path`. Raises LayerError."""
-        try:
-            return self._open(source)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-
-    def _open(self, source: Source) -> OwnedFd:
-        """Does not change the file's access time where we may."""
-        directory = self._stack.open(source.home)
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-        try:
-            fd = OwnedFd(openat2(directory.fd, source.name, flags | os.O_NOATIME, resolve=INSIDE))
-        except PermissionError:
-            fd = OwnedFd(openat2(directory.fd, source.name, flags, resolve=INSIDE))
-        if not stat.S_ISREG(os.fstat(fd.fd).st_mode):
-            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-        return fd
+        return self._objects.describe(home, name, path, view.lowers, wanted)
 
 
-def _unreadable(path: bytes, error: OSError) -> LayerError:
-    if error.errno == errno.ENOENT:
-        return LayerError(f"{display(path)}: vanished while it was read; try again when nobody changes it")
-    return LayerError(f"{display(path)}: {error.strerror}", error.errno)
+def _compare(now: Found, then: Found | None) -> ChangeKind:
+    """Attributes first, the size of files among them: bytes are read only when all else is the same."""
+    if then is None:
+        return ChangeKind.ADDED
+    if now.member != then.member:
+        return ChangeKind.CHANGED
+    if now.data is not None and then.data is not None and not now.data.equals(then.data, now.member.size):
+        return ChangeKind.CHANGED
+    return ChangeKind.UNCHANGED
+
+
+def _identity(st: os.stat_result) -> tuple[int, int]:
+    return st.st_dev, st.st_ino
 
 
 def _told(frames: list[_Frame]) -> Iterator[Change]:
@@ -361,26 +298,6 @@ def _is_same(entry: Entry, base: Entry, new_child: _View | None, base_child: _Vi
         return False
     return new_child is None or (
         base_child is not None and _places(new_child.lowers) == _places(base_child.lowers)
-    )
-
-
-def _place(source: Source) -> tuple[int, bytes, bytes]:
-    return source.home.layer.index, source.home.path, source.name
-
-
-def _member(path: bytes, st: os.stat_result, xattrs: dict[str, bytes], target: bytes) -> Member:
-    kind = _KINDS[stat.S_IFMT(st.st_mode)]
-    return Member(
-        path,
-        kind,
-        stat.S_IMODE(st.st_mode),
-        st.st_uid,
-        st.st_gid,
-        st.st_mtime_ns,
-        st.st_size if kind is Kind.FILE else 0,
-        target,
-        (os.major(st.st_rdev), os.minor(st.st_rdev)) if kind in (Kind.CHAR, Kind.BLOCK) else (0, 0),
-        xattrs,
     )
 
 

@@ -7,62 +7,141 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from layerfs.errors import LayerError, UsageError
-from layerfs.oci.changes import ChangeFinder, ChangeKind, whiteout_member
-from layerfs.oci.member import Kind, made_up_time
-from layerfs.oci.streams import LayerSink, Written
-from layerfs.oci.tarwriter import TarWriter, read_chunks
-from layerfs.stack import Stack
+from layerfs.oci.changes import Change, ChangeFinder, ChangeKind, whiteout_member
+from layerfs.oci.exclude import Excluded
+from layerfs.oci.member import display, made_up_time
+from layerfs.oci.progress import Progress, Silent
+from layerfs.oci.snapshot import Snapshots
+from layerfs.oci.streams import LayerSink, Written, check_level
+from layerfs.oci.tarwriter import TarWriter
+from layerfs.stack import Layer, Stack
+
+
+@dataclass(frozen=True, slots=True)
+class CommitOptions:
+    """What goes into a layer, and how it is packed."""
+
+    compression: str = "none"
+    #: of the compression; None: its default
+    level: int | None = None
+    #: copies in the upper that equal what lies below are part of the layer
+    keep_unchanged: bool = False
+    #: gitignore(5) patterns of names that are taken as if they had not been changed
+    exclude: tuple[str, ...] = ()
+    #: the whole merged tree, as a layer over nothing; then the stack need not have an upper
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What went into a layer. `unchanged`: copies in the upper that equal what lies below and were left
-    out."""
+    """What went into a layer. `unchanged`: copies in the upper that equal what lies below and were left out;
+    `excluded`: names left out by a pattern (what lies below them is not counted); `file_bytes`: of the
+    contents of files that are in it."""
 
     written: Written
     added: int
     changed: int
     deleted: int
     unchanged: int
+    excluded: int
+    file_bytes: int
     notes: tuple[str, ...]
 
 
-def write_layer(stack: Stack, fd: int, compression: str = "none") -> Summary:
+def write_layer(
+    stack: Stack,
+    fd: int,
+    options: CommitOptions | None = None,
+    progress: Progress | None = None,
+    *,
+    snapshots: Snapshots | None = None,
+) -> Summary:
     """Writes the layer that `stack.upper` is over `stack.lowers` to `fd` (not synced, not closed).
 
-    The same trees give the same bytes. Raises LayerError when a layer cannot be read, OSError when `fd`
+    The same trees give the same bytes. `snapshots`: for an upper that is written to meanwhile. Raises
+    UsageError for options that make no sense, LayerError when a layer cannot be read, OSError when `fd`
     cannot be written."""
+    options = options or CommitOptions()
+    progress = progress or Silent()
+    check_level(options.compression, options.level)
     seconds = made_up_time()
     notes: list[str] = []
+    finder = ChangeFinder(
+        stack,
+        notes,
+        whole=options.whole,
+        keep_unchanged=options.keep_unchanged,
+        exclude=Excluded(options.exclude) if options.exclude else None,
+        with_data=True,
+        snapshots=snapshots,
+    )
+    if stack.upper is not None and not options.whole and not isinstance(progress, Silent):
+        progress.total(_size(stack.upper))
     counts = dict.fromkeys(ChangeKind, 0)
-    sink = LayerSink(fd, compression)
-    writer = TarWriter(sink.write)
-    finder = ChangeFinder(stack, notes)
-    for change in finder:
-        counts[change.kind] += 1
-        if change.kind is ChangeKind.UNCHANGED:
-            continue
-        if change.member is None:
-            writer.add(whiteout_member(change.path, seconds))
-        elif change.source is not None and change.member.size:
-            assert change.member.kind is Kind.FILE
-            data = finder.open(change.source, change.path)
-            writer.add(change.member, read_chunks(data.fd, change.member.size, change.path))
-        else:
-            writer.add(change.member)
-    writer.finish()
+    file_bytes = 0
+    with LayerSink(fd, options.compression, options.level) as sink:
+        writer = TarWriter(sink.write)
+        for change in finder:
+            counts[change.kind] += 1
+            if change.kind in (ChangeKind.UNCHANGED, ChangeKind.EXCLUDED):
+                continue
+            if change.member is None:
+                writer.add(whiteout_member(change.path, seconds))
+            elif change.data is not None and change.member.size:
+                file_bytes += change.member.size
+                writer.add(change.member, _told(change, change.member.size, progress))
+            else:
+                writer.add(change.member)
+        writer.finish()
+        written = sink.finish()
     return Summary(
-        sink.finish(),
+        written,
         counts[ChangeKind.ADDED],
         counts[ChangeKind.CHANGED],
         counts[ChangeKind.DELETED],
         counts[ChangeKind.UNCHANGED],
+        counts[ChangeKind.EXCLUDED],
+        file_bytes,
         tuple(notes),
     )
+
+
+def _told(change: Change, size: int, progress: Progress) -> Iterable[bytes]:
+    """The bytes of a file, as `progress` hears of them."""
+    assert change.data is not None
+    chunks = change.data.chunks(size, change.path)
+    if isinstance(progress, Silent):
+        return chunks
+    progress.describe(display(change.path))
+    return _counted(chunks, progress)
+
+
+def _counted(chunks: Iterable[bytes], progress: Progress) -> Iterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+        progress.advance(len(chunk))
+
+
+def _size(upper: Layer) -> int:
+    """Bytes of the files in an upper: an estimate of what there is to do, for somebody who watches. Raises
+    nothing."""
+    total = 0
+    todo = [b"/proc/self/fd/%d" % upper.fd.fd]
+    while todo:
+        try:
+            with os.scandir(todo.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append(entry.path)
+                    elif entry.is_file(follow_symlinks=False):
+                        total += entry.stat(follow_symlinks=False).st_size
+        except OSError:
+            continue
+    return total
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import os
 import stat
 
 from layerfs.errors import BusyError, MountError
+from layerfs.fdutil import fs_magic
 from layerfs.fdutil.mountinfo import MountEntry, read_mountinfo
 from layerfs.vfs.checks import reason, shown
 
@@ -23,18 +24,6 @@ _UMOUNT_NOFOLLOW = 8
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
-_libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
-
-
-def fs_magic(path: str) -> int:
-    """`f_type` of statfs(2), which `os.statvfs` leaves out. Raises OSError."""
-    buffer = (
-        ctypes.c_long * 32
-    )()  # struct statfs is 120 bytes on 64-bit Linux and begins with a long f_type
-    if _libc.statfs(os.fsencode(path), ctypes.byref(buffer)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), path)
-    return int(buffer[0]) & 0xFFFFFFFF
 
 
 def absolute(path: str) -> str:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from layerfs.runtime.mounts import FUSE_SUPER_MAGIC, fs_magic
+from layerfs.fdutil import fs_magic
+from layerfs.runtime.mounts import FUSE_SUPER_MAGIC
 from tests.support import mounts
 from tests.support.stack import scratch_root
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from layerfs.errors import LayerError, UsageError
 from layerfs.oci.apply import apply_layer
 from layerfs.oci.changes import ChangeFinder, ChangeKind
-from layerfs.oci.commit import Summary, output_file, write_layer
+from layerfs.oci.commit import CommitOptions, Summary, output_file, write_layer
 from layerfs.oci.member import Kind, Member
 from layerfs.overlay.names import TRUSTED, USER, XattrNames
 from layerfs.stack import Stack
@@ -52,10 +52,10 @@ def commit(
     """Commits twice: the same bytes come out, and no layer is touched."""
     with lowers_guard([*lowers, upper]):
         with output_file(str(out)) as fd:
-            summary = write_layer(layers(lowers, upper, prefix), fd, compression)
+            summary = write_layer(layers(lowers, upper, prefix), fd, CommitOptions(compression))
         again = out.with_suffix(".again")
         with output_file(str(again)) as fd:
-            assert write_layer(layers(lowers, upper, prefix), fd, compression) == summary
+            assert write_layer(layers(lowers, upper, prefix), fd, CommitOptions(compression)) == summary
     assert again.read_bytes() == out.read_bytes()
     again.unlink()
     return summary
@@ -689,3 +689,101 @@ def test_output_appears_whole_or_not_at_all(place: Path) -> None:
         with pytest.raises(UsageError, match="upper directory"), output_file(str(bad), keep_out_of=inside):
             pass
     os.close(inside)
+
+
+def packed(dirs: Dirs, out: Path, **options: object) -> tuple[Summary, dict[bytes, tuple[Member, bytes]]]:
+    """Commits with `options`; the summary and the members by name."""
+    assert dirs.upper is not None
+    with output_file(str(out)) as fd:
+        given_options = CommitOptions(**options)  # type: ignore[arg-type]
+        summary = write_layer(layers(dirs.lowers, dirs.upper), fd, given_options)
+    return summary, {member.name: (member, data) for member, data in m.read_bytes(out.read_bytes())}
+
+
+def test_keep_unchanged(place: Path) -> None:
+    """Copies that equal what lies below are dropped, or carried when they are to be kept."""
+    dirs = Dirs(place, 1)
+    assert dirs.upper is not None
+    for root in (dirs.lowers[0], dirs.upper):
+        for name in ("same", "touched", "d/same", "empty-dir/x"):
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).write_text(name)
+        for name in ("same", "touched", "d/same", "d", "empty-dir"):
+            os.utime(root / name, ns=(0, 7))
+    (dirs.upper / "empty-dir/x").unlink()
+    os.utime(dirs.upper / "empty-dir", ns=(0, 7))
+    os.utime(dirs.upper / "touched", ns=(0, 8))
+    summary, found = packed(dirs, place / "layer.tar")
+    assert found.keys() == {b"", b"touched"}
+    assert (summary.changed, summary.unchanged, summary.file_bytes) == (1, 2, len("touched"))
+    summary, found = packed(dirs, place / "layer.tar", keep_unchanged=True)
+    assert found.keys() == {b"", b"touched", b"same", b"d", b"d/same", b"empty-dir"}
+    assert found[b"d/same"][1] == b"d/same"
+    assert (summary.added, summary.changed, summary.unchanged) == (0, 1, 0)
+
+
+def test_excluded_names_are_as_if_they_had_not_been_changed(place: Path) -> None:
+    """Neither added nor changed nor deleted, with all below them; what a tree had there it keeps."""
+    dirs = Dirs(place, 1)
+    assert dirs.upper is not None
+    low, upper, target = dirs.lowers[0], dirs.upper, place / "target"
+    for name in ("cache/a", "cache/gone", "log/x", "etc/a.tmp", "etc/b"):
+        (low / name).parent.mkdir(exist_ok=True)
+        (low / name).write_text("old")
+    subprocess.run(["cp", "-aT", low, target], check=True)
+    for name in ("cache/a", "cache/new", "etc/a.tmp", "etc/c.tmp", "etc/keep.tmp", "etc/b", "tmp/deep/er"):
+        (upper / name).parent.mkdir(exist_ok=True, parents=True)
+        (upper / name).write_text("new")
+    os.mknod(upper / "cache/gone", stat.S_IFCHR, 0)
+    os.mknod(upper / "log", stat.S_IFCHR, 0)  # a whiteout of a directory
+    (upper / "logs").write_text("a file")
+    os.link(upper / "cache/new", upper / "linked")
+    patterns = ("/cache", "*.tmp", "!keep.tmp", "/tmp/", "log/", "logs/")
+    summary, found = packed(dirs, place / "layer.tar", exclude=patterns)
+    assert found.keys() == {b"", b"etc", b"etc/b", b"etc/keep.tmp", b"linked", b"logs"}
+    assert found[b"linked"][0].kind is Kind.FILE and found[b"linked"][1] == b"new", "its partner is not here"
+    assert (summary.added, summary.changed, summary.deleted, summary.excluded) == (3, 2, 0, 5)
+    before = snapshot(target)
+    apply(place / "layer.tar", target)
+    after = snapshot(target)
+    for path in (b"cache", b"cache/a", b"cache/gone", b"log", b"log/x", b"etc/a.tmp"):
+        assert after[path] == before[path]
+
+
+@pytest.mark.parametrize("pattern", ["", "   ", "!"])
+def test_patterns_that_mean_nothing(place: Path, pattern: str) -> None:
+    with pytest.raises(UsageError, match="pattern"):
+        packed(Dirs(place, 1), place / "layer.tar", exclude=(pattern,))
+
+
+def test_a_pattern_is_a_name_whatever_its_first_character(place: Path) -> None:
+    dirs = Dirs(place, 1)
+    assert dirs.upper is not None
+    for name in (b"#comment", b"\xff\n", b"kept"):
+        (dirs.upper / os.fsdecode(name)).write_text("")
+    _, found = packed(dirs, place / "layer.tar", exclude=("#comment", os.fsdecode(b"\xff*")))
+    assert found.keys() == {b"", b"kept"}
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(_tree, _tree, st.randoms(use_true_random=False), st.booleans())
+def test_a_whole_tree_is_made_of_nothing(
+    place: Path, old: Branch, new: Branch, choose: random.Random, with_upper: bool
+) -> None:
+    """`whole`: the layer over nothing is the merged tree, with and without an upper, and holds no
+    whiteout."""
+    base = Path(tempfile.mkdtemp(dir=place))
+    lower, upper, target, expected = (base / name for name in ("lower", "upper", "target", "expected"))
+    make(os.fsencode(lower), old)
+    make(os.fsencode(expected), new if with_upper else old)
+    if with_upper:
+        UpperMaker(choose, TRUSTED).directory(os.fsencode(upper), old, new)
+    target.mkdir()
+    with output_file(str(base / "layer.tar")) as fd:
+        stack = Stack([str(lower)], str(upper) if with_upper else None, XattrNames(TRUSTED))
+        summary = write_layer(stack, fd, CommitOptions(whole=True))
+    assert (summary.changed, summary.deleted, summary.unchanged) == (0, 0, 0)
+    check_layout(base / "layer.tar")
+    apply(base / "layer.tar", target)
+    assert_equal(snapshot(expected), snapshot(target), labels=("merged", "applied"))
+    shutil.rmtree(base)

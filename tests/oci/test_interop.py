@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from layerfs.oci.commit import Summary, output_file, write_layer
+from layerfs.oci.commit import CommitOptions, Summary, output_file, write_layer
 from layerfs.overlay.names import TRUSTED, XattrNames
 from layerfs.stack import Stack
 from tests.oci.test_commit import apply
@@ -105,7 +105,9 @@ def make_layers(place: Path, compression: str) -> tuple[list[Path], list[Summary
     for number, (low, high) in enumerate(((empty, base), (base, upper))):
         out = place / f"layer{number}"
         with output_file(str(out)) as fd:
-            summaries.append(write_layer(Stack([str(low)], str(high), XattrNames(TRUSTED)), fd, compression))
+            summaries.append(
+                write_layer(Stack([str(low)], str(high), XattrNames(TRUSTED)), fd, CommitOptions(compression))
+            )
         outs.append(out)
     merged.mkdir()
     for out in outs:

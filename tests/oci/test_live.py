@@ -250,7 +250,7 @@ def test_commit_says_what_it_wrote(place: Path) -> None:
     assert done.stdout.splitlines() == [
         f"DiffID   sha256:{digest}",
         f"Digest   sha256:{digest}",
-        f"Size     {(place / 'l.tar').stat().st_size:,} bytes",
+        f"Size     {(place / 'l.tar').stat().st_size:,} bytes (5,000 in files)",
         "Changes  1 added, 0 changed, 0 deleted",
     ]
     done = run("commit", *layers, "--json", "--compression", "gzip", "-o", place / "l.tgz")
