@@ -77,12 +77,12 @@ def members(draw: st.DrawFn) -> tuple[Member, bytes]:
 
 
 def write_to(fd: int, entries: Iterable[tuple[Member, bytes]], compression: str = "none") -> Written:
-    sink = LayerSink(fd, compression)
-    writer = TarWriter(sink.write)
-    for member, data in entries:
-        writer.add(member, [data])
-    writer.finish()
-    return sink.finish()
+    with LayerSink(fd, compression) as sink:
+        writer = TarWriter(sink.write)
+        for member, data in entries:
+            writer.add(member, [data])
+        writer.finish()
+        return sink.finish()
 
 
 def tar_bytes(entries: Iterable[tuple[Member, bytes]], compression: str = "none") -> bytes:
@@ -97,14 +97,15 @@ def read_bytes(raw: bytes, notes: list[str] | None = None) -> list[tuple[Member,
     with tempfile.TemporaryFile() as file:
         file.write(raw)
         file.seek(0)
-        reader = TarReader(LayerSource(file.fileno()), notes)
-        found = []
-        for member in reader:
-            pieces = []
-            while piece := reader.read(333):
-                pieces.append(piece)
-            found.append((member, b"".join(pieces)))
-        return found
+        with LayerSource(file.fileno()) as source:
+            reader = TarReader(source, notes)
+            found = []
+            for member in reader:
+                pieces = []
+                while piece := reader.read(333):
+                    pieces.append(piece)
+                found.append((member, b"".join(pieces)))
+            return found
 
 
 def file(name: bytes, data: bytes = b"", **more: object) -> tuple[Member, bytes]:
