@@ -40,7 +40,7 @@ from layerfs.oci.image import (
     parse_index,
 )
 from layerfs.oci.member import Kind, display, plain_path
-from layerfs.oci.resolve import find, listed, load
+from layerfs.oci.resolve import find, is_digest, listed, load
 from layerfs.oci.strict_json import parse
 from layerfs.oci.tarreader import TarReader
 
@@ -109,7 +109,7 @@ class DockerArchive:
         if b"manifest.json" in self._files:
             return self._load(self._choose(self._entries(), wanted), reference)
         if b"index.json" in self._files and b"oci-layout" in self._files:
-            return load(self, find(self, wanted), reference)
+            return load(self, find(self, wanted), wanted, reference)
         raise ImageError("is no docker archive: it has neither manifest.json nor index.json")
 
     # -- the outer tar ------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class DockerArchive:
         tags = [tag for entry in entries for tag in entry.repo_tags]
         if wanted is None:
             found = entries
-        elif wanted.startswith(("sha256:", "sha512:")):
+        elif is_digest(wanted):
             found = [each for each in entries if digest_of(self._read(each.config, MAX_CONFIG)) == wanted]
         else:
             name = _full_name(wanted)

@@ -107,6 +107,12 @@ class _Document(msgspec.Struct, frozen=True, dict=True):
         raw: dict[str, Any] = vars(self)["raw"]
         return raw
 
+    @property
+    def data(self) -> bytes:
+        """The bytes as they came: what its digest is of."""
+        data: bytes = vars(self)["data"]
+        return data
+
 
 class Index(_Document, frozen=True, rename="camel"):
     schema_version: Literal[2]
@@ -210,7 +216,7 @@ def parse_config(data: bytes) -> Config:
 def _parse(data: bytes, form: type[_D], what: str, limit: int) -> _D:
     raw = parse_object(data, what, limit)
     document = check(raw, form, what)
-    vars(document)["raw"] = raw
+    vars(document).update(raw=raw, data=data)
     return document
 
 

@@ -66,6 +66,6 @@ def open_image(reference: str) -> Image:
         if not os.path.isdir(path):
             return DockerArchive(path).image(wanted, reference)
         layout = Layout.open(path)
-        return load(layout, find(layout, wanted), reference)
+        return load(layout, find(layout, wanted), wanted, reference)
     except ImageError as error:
         raise ImageError(f"{display(os.fsencode(path))}: {error}", error.errno) from None

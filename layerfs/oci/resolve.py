@@ -49,7 +49,7 @@ def find(store: Store, wanted: str | Digest | None) -> Descriptor:
     """The manifest of the image that `wanted` names: a tag, a digest, or None for `latest` or the only image
     there is. Of several platforms the one that suits this machine is taken. Raises ImageError."""
     manifests = store.index().manifests
-    if wanted is not None and ":" in wanted and wanted.startswith(("sha256:", "sha512:")):
+    if is_digest(wanted):
         found = next((each for each in _Walk(store).all(manifests) if each.digest == wanted), None)
         if found is None:
             raise ImageError(f"there is no image {wanted}{_there_is(manifests)}")
@@ -65,8 +65,12 @@ def find(store: Store, wanted: str | Digest | None) -> Descriptor:
     return _choose(store, named)
 
 
-def load(store: Store, descriptor: Descriptor, reference: str) -> Image:
-    """The image whose manifest is `descriptor`. Raises ImageError."""
+def is_digest(wanted: str | Digest | None) -> bool:
+    return wanted is not None and wanted.startswith(("sha256:", "sha512:"))
+
+
+def load(store: Store, descriptor: Descriptor, wanted: str | Digest | None, reference: str) -> Image:
+    """The image whose manifest is `descriptor`, as `find` found it for `wanted`. Raises ImageError."""
     manifest = parse_manifest(store.read_blob(descriptor, MAX_MANIFEST))
     config = parse_config(store.read_blob(manifest.config, MAX_CONFIG))
     diff_ids = config.rootfs.diff_ids
@@ -78,7 +82,8 @@ def load(store: Store, descriptor: Descriptor, reference: str) -> Image:
         ImageLayer(diff_id, chain_id, blob, blob.size, partial(store.open_blob, blob))
         for blob, diff_id, chain_id in zip(manifest.layers, diff_ids, chain_ids(diff_ids), strict=True)
     )
-    name = descriptor.annotations.get(REF_NAME, "")
+    # the tag may belong to an index around the manifest
+    name = descriptor.annotations.get(REF_NAME) or ("" if is_digest(wanted) else wanted or "")
     return Image(reference, name, descriptor, manifest, config, manifest.config.digest, layers)
 
 
