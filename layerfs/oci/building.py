@@ -66,19 +66,22 @@ class Builder:
         self._root.close()
 
     def run(self, reader: TarReader) -> Applied:
-        """Makes all members. Raises TarError, LayerError, OSError; what was made by then has its
-        attributes."""
+        """Makes all members. Raises TarError, LayerError, OSError."""
         try:
             for member in reader:
                 self._add(member, reader)
         except BaseException:
-            # A second failure must not hide the first.
-            with contextlib.suppress(OSError, LayerError):
-                self._finish_directories()
+            self._give_up()
             raise
         self._finish_directories()
         self._result.notes.extend((*reader.notes, *self._tally.lines()))
         return self._result
+
+    def _give_up(self) -> None:
+        """What was made by then gets its attributes all the same."""
+        # A second failure must not hide the first.
+        with contextlib.suppress(OSError, LayerError):
+            self._finish_directories()
 
     # --- what subclasses decide ---
 
