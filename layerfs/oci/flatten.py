@@ -200,15 +200,7 @@ class FlatTree:
         return self._record(member, 0)
 
     def _record(self, member: Member, offset: int) -> int:
-        xattrs = dict(member.xattrs)
-        for attribute in member.xattrs:
-            if attribute.startswith(STEERING):
-                shown = display(os.fsencode(attribute))
-                self._tally.add(f"xattr {shown} would steer a merge: dropped", member.name)
-                del xattrs[attribute]
-        if len(xattrs) < len(member.xattrs):
-            member = replace(member, xattrs=xattrs)
-        return self._objects.add(member, Place(self._layer, offset))
+        return self._objects.add(without_steering(member, self._tally), Place(self._layer, offset))
 
     def _in_the_way(self, child: int, what: str) -> TarError:
         if self._objects.kind(child >> 16) is Kind.SYMLINK:
@@ -278,15 +270,15 @@ class FlatTree:
 
     # --- members out ---
 
-    def has_directory(self, path: bytes) -> bool:
-        """Whether `path` is one, as far as these layers say."""
+    def find_directory(self, path: bytes) -> Member | None:
+        """The directory `path` with its attributes; None when it is none, or when they are not known."""
         here = self._root
         for part in path.split(b"/") if path else ():
             child = here.children.get(part)
             if not isinstance(child, _Directory):
-                return False
+                return None
             here = child
-        return here.made
+        return self._objects.get(here.record, path)[0] if here.record != _FROM_BELOW else None
 
     @property
     def names_root(self) -> bool:
@@ -314,7 +306,7 @@ class FlatTree:
                 if known is None:
                     reason = "an empty directory that no layer names: left out, the layers below must have it"
                     self._tally.add(reason, path)
-                elif not known.has_directory(path):
+                elif known.find_directory(path) is None:
                     yield self._objects.get(self._implied, path)
             if directory.opaque and not hidden:
                 yield _mark(path, whiteout.OPAQUE_NAME, self._time_ns), None
@@ -371,6 +363,19 @@ class FlatTree:
                 return
         what = f"hard link {display(member.name)} to {display(member.target)}"
         raise LayerError(f"{what}: that lies below the layers, which hide it later; begin with a lower layer")
+
+
+def without_steering(member: Member, tally: Tally) -> Member:
+    """`member` without the xattrs that would steer a merge, each told to `tally`."""
+    if not any(attribute.startswith(STEERING) for attribute in member.xattrs):
+        return member
+    xattrs = {}
+    for attribute, value in member.xattrs.items():
+        if attribute.startswith(STEERING):
+            tally.add(f"xattr {display(os.fsencode(attribute))} would steer a merge: dropped", member.name)
+        else:
+            xattrs[attribute] = value
+    return replace(member, xattrs=xattrs)
 
 
 def _link(member: Member, target: bytes) -> Member:

@@ -1,6 +1,7 @@
 """Members by the million, packed: what a `flatten` tree knows of each object but its names. Has no rules.
 
-Memory: 45 bytes an object, more for link targets and xattrs.
+Memory: 45 bytes an object, more for link targets and xattrs. In a `FlatTree`, with its name, a member takes
+173 bytes (measured: CPython 3.11, names of 12 bytes, 100 in a directory).
 """
 
 from __future__ import annotations

@@ -6,12 +6,17 @@ from collections.abc import Iterator
 
 from layerfs.oci.member import display
 
+#: Reasons may quote what a stranger wrote: there may be as many as he likes.
+_MAX_REASONS = 200
+
 
 class Tally:
     def __init__(self) -> None:
         self._first: dict[str, tuple[bytes, int]] = {}
 
     def add(self, reason: str, name: bytes) -> None:
+        if len(self._first) >= _MAX_REASONS and reason not in self._first:
+            reason = "left out or changed for one more reason"
         first, count = self._first.get(reason, (name, 0))
         self._first[reason] = (first, count + 1)
 
