@@ -157,7 +157,7 @@ def output_file(path: str, keep_out_of: int | None = None) -> Iterator[int]:
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
     try:
-        if keep_out_of is not None and _is_inside(parent, keep_out_of):
+        if keep_out_of is not None and is_inside(parent, keep_out_of):
             raise UsageError(
                 f"{path}: lies in the upper directory that is being committed; give another place"
             )
@@ -201,7 +201,7 @@ def _open_output(path: str, name: str, flags: int, parent: int) -> int:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _is_inside(directory: int, root: int) -> bool:
+def is_inside(directory: int, root: int) -> bool:
     """Whether `directory` is `root` or lies below it, by (device, inode)."""
     wanted = os.fstat(root)
     here = os.dup(directory)
