@@ -9,6 +9,7 @@ import sys
 import click
 
 from layerfs.cli import talk
+from layerfs.cli.image_options import Target, commit_image, image_as_json, image_lines, image_options
 from layerfs.cli.progress import bar
 from layerfs.cli.upper_options import Chosen, upper_options
 from layerfs.control import mounts
@@ -19,6 +20,7 @@ from layerfs.oci.streams import COMPRESSIONS
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @upper_options
+@image_options
 @click.option("-o", "--output", metavar="FILE", help="Where the layer goes; '-' and default: stdout.")
 @click.option(
     "--compression", type=click.Choice(COMPRESSIONS), default="none", show_default=True, help="Of the layer."
@@ -46,13 +48,21 @@ def command(
     keep_unchanged: bool,
     exclude: tuple[str, ...],
     as_json: bool,
+    target: Target | None,
 ) -> int:
     """Make an OCI layer of the changes in the mount on MOUNTPOINT, or in --upper over --lower.
 
     The same trees give the same bytes. With -o the summary goes to stdout, and FILE appears only when it is
     whole; otherwise the layer goes to stdout and the summary to stderr.
+
+    With --layout an image is made of it and nothing else is written. When nothing has changed the image gets
+    a history entry without a layer, or, with nothing to tell, is the base as it is.
     """
     options = CommitOptions(compression, level, keep_unchanged, exclude)
+    if target is not None:
+        if output is not None:
+            raise UsageError("give either --output or --layout, not both")
+        return _commit_to_layout(target, chosen, options, as_json)
     to_stdout = output in (None, "-")
     if to_stdout and sys.stdout.isatty():
         raise UsageError("a layer is not for the terminal: give -o FILE, or send the output elsewhere")
@@ -69,6 +79,19 @@ def command(
         talk.note("layerfs commit", note)
     text = json.dumps(_as_json(summary)) if as_json else "\n".join(_lines(summary))
     print(text, file=sys.stderr if to_stdout else sys.stdout)
+    return 0
+
+
+def _commit_to_layout(target: Target, chosen: Chosen, options: CommitOptions, as_json: bool) -> int:
+    stack = mounts.open_layers(chosen.mountpoint, chosen.upper, chosen.lowers, chosen.userxattr, durable=True)
+    with bar("commit", quiet=as_json) as progress:
+        summary, appended = commit_image(target, stack, options, progress)
+    for note in summary.notes:
+        talk.note("layerfs commit", note)
+    if as_json:
+        print(json.dumps(_as_json(summary) | image_as_json(target, appended)))
+    else:
+        print("\n".join([*(_lines(summary) if appended.added else []), *image_lines(target, appended)]))
     return 0
 
 

@@ -62,22 +62,24 @@ class ImageOptions:
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """The image that was written: its manifest and its ID. `same`: nothing was new, so it is the base."""
+    """The image that was written: its manifest and its ID. `added`: it has the new layer. `same`: nothing was
+    new, so it is the base."""
 
     manifest: Descriptor
     image_id: Digest
     layers: int
+    added: bool = False
     same: bool = False
 
 
 def append_layer(
-    layout: Layout,
+    path: str,
     tag: str,
     base: Image | None,
     options: ImageOptions,
     write: Callable[[int], Written | None],
 ) -> Appended:
-    """Makes `tag` of `layout` the image `base` (None: nothing) with one more layer, which `write` writes to
+    """Makes `tag` of the layout at `path`, which is made when there is none, the image `base` (None: nothing) with one more layer, which `write` writes to
     the descriptor that it is given. When it returns None nothing has changed: then a history entry tells of
     `options`, and without any of them the tag is the base's image as it is. An image from nothing has a
     layer, be it empty, because many tools take no image without.
@@ -86,6 +88,7 @@ def append_layer(
     LayerError where the layout cannot be written; what `write` raises."""
     check_tag(tag)
     draft = _Draft(base, options)
+    layout = Layout.create(path)
     try:
         layers = [_layer_in(layout, layer) for layer in (base.layers if base is not None else ())]
         entries = _entries(base, layers)
@@ -98,9 +101,10 @@ def append_layer(
         if written is not None:
             entries.append({"mediaType": written.media_type, "digest": written.digest, "size": written.size})
         config = draft.config(written.diff_id if written is not None else None)
-        return _publish(layout, tag, config, draft.manifest(entries))
+        made = _publish(layout, tag, config, draft.manifest(entries))
+        return replace(made, added=written is not None)
     except OSError as error:
-        shown = display(os.fsencode(layout.path))
+        shown = display(os.fsencode(path))
         raise LayerError(f"{shown}: cannot be written: {error.strerror}", error.errno) from error
 
 

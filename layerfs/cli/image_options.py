@@ -1,0 +1,158 @@
+"""The options of `layerfs commit` that make an image, and the way from them to `layerfs.oci.append`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import click
+
+from layerfs.errors import UsageError
+from layerfs.oci.append import Appended, ImageOptions, append_layer
+from layerfs.oci.commit import CommitOptions, Summary, is_inside, write_layer
+from layerfs.oci.image import Image
+from layerfs.oci.layout import check_tag
+from layerfs.oci.member import display
+from layerfs.oci.progress import Progress
+from layerfs.oci.references import open_image, split_new_reference
+from layerfs.oci.streams import Written
+from layerfs.stack import Stack
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where an image goes, what it is made of, and what it says of itself."""
+
+    path: str
+    tag: str
+    base: Image | None
+    options: ImageOptions
+
+    def __str__(self) -> str:
+        return f"{display(os.fsencode(self.path))}:{self.tag}"
+
+
+def image_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Adds --layout and what belongs to it; `command` gets them as `target`, a `Target` or None."""
+
+    @click.option(
+        "--layout",
+        metavar="DIR[:TAG]",
+        help="Make an image of the layer, in the OCI image layout DIR, which is made when it is not there."
+        " [default of TAG: latest]",
+    )
+    @click.option(
+        "--base",
+        metavar="IMAGE",
+        help="The image that the layer goes upon: DIR:TAG, DIR@sha256:..., or FILE.tar[:REPO:TAG] as docker"
+        " save writes it. Without it the image has this layer alone.",
+    )
+    @click.option("-m", "--message", metavar="TEXT", default="", help="For the image's history.")
+    @click.option("-a", "--author", metavar="TEXT", default="", help="For the image and its history.")
+    @click.option(
+        "--created-by",
+        metavar="TEXT",
+        help="For the image's history. [default: this command and its changes]",
+    )
+    @click.option(
+        "-c",
+        "--change",
+        "changes",
+        multiple=True,
+        metavar="INSTRUCTION",
+        help="Change how containers of the image run, by an instruction of a Dockerfile: CMD, ENTRYPOINT,"
+        " ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME or WORKDIR. May be repeated.",
+    )
+    @wraps(command)
+    def told(
+        *arguments: Any,
+        layout: str | None,
+        base: str | None,
+        message: str,
+        author: str,
+        created_by: str | None,
+        changes: tuple[str, ...],
+        **rest: Any,
+    ) -> int:
+        if layout is None:
+            if base or message or author or created_by or changes:
+                raise UsageError("--base, --message, --author, --created-by and --change need --layout")
+            return command(*arguments, target=None, **rest)
+        path, tag = split_new_reference(layout)
+        check_tag(tag)
+        if created_by is None:
+            created_by = " ".join(("layerfs commit", *(f"--change {shlex.quote(each)}" for each in changes)))
+        options = ImageOptions(created_by, message, author, changes)
+        target = Target(path, tag, open_image(base) if base is not None else None, options)
+        return command(*arguments, target=target, **rest)
+
+    return told
+
+
+def commit_image(
+    target: Target, stack: Stack, options: CommitOptions, progress: Progress
+) -> tuple[Summary, Appended]:
+    """Makes the image. Raises UsageError, LayerError."""
+    _refuse_inside(target.path, stack)
+    summary: Summary | None = None
+
+    def write(fd: int) -> Written | None:
+        nonlocal summary
+        summary = write_layer(stack, fd, options, progress)
+        changed = summary.added or summary.changed or summary.deleted
+        return summary.written if changed or target.base is None else None
+
+    appended = append_layer(target.path, target.tag, target.base, target.options, write)
+    assert summary is not None
+    return summary, appended
+
+
+def image_lines(target: Target, appended: Appended) -> list[str]:
+    told = f"{target}, {appended.layers} layer{'s' if appended.layers != 1 else ''}"
+    if appended.same:
+        told += "; nothing has changed: this is the base"
+    elif not appended.added:
+        told += "; no file has changed: none is new"
+    return [
+        f"Image    {appended.image_id}",
+        f"Manifest {appended.manifest.digest}",
+        f"Tag      {told}",
+    ]
+
+
+def image_as_json(target: Target, appended: Appended) -> dict[str, object]:
+    return {
+        "image": {
+            "id": appended.image_id,
+            "manifest": appended.manifest.digest,
+            "layout": target.path,
+            "tag": target.tag,
+            "layers": appended.layers,
+            "layer_added": appended.added,
+            "same_as_base": appended.same,
+        }
+    }
+
+
+def _refuse_inside(path: str, stack: Stack) -> None:
+    """A layout in the upper would be part of what it is made of."""
+    assert stack.upper is not None
+    existing = path
+    while not os.path.isdir(existing):
+        above = os.path.dirname(existing.rstrip("/")) or "."
+        if above == existing:
+            break
+        existing = above
+    try:
+        fd = os.open(existing, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"{display(os.fsencode(path))}: {error.strerror}") from None
+    try:
+        if is_inside(fd, stack.upper.fd.fd):
+            raise UsageError(f"{display(os.fsencode(path))}: lies in the upper directory: name another place")
+    finally:
+        os.close(fd)
