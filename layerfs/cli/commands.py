@@ -8,5 +8,7 @@ COMMANDS = {
     "diff": "Show what the upper directory changes.",
     "commit": "Make a layer tarball of the upper directory.",
     "apply": "Apply layer tarballs to a directory.",
+    "inspect": "Show what an image is.",
+    "history": "Show how an image was made.",
     "doctor": "Tell what this machine and kernel allow.",
 }

@@ -79,10 +79,10 @@ def append_layer(
     options: ImageOptions,
     write: Callable[[int], Written | None],
 ) -> Appended:
-    """Makes `tag` of the layout at `path`, which is made when there is none, the image `base` (None: nothing) with one more layer, which `write` writes to
-    the descriptor that it is given. When it returns None nothing has changed: then a history entry tells of
-    `options`, and without any of them the tag is the base's image as it is. An image from nothing has a
-    layer, be it empty, because many tools take no image without.
+    """Makes `tag` of the layout at `path` (made when there is none) the image `base` (None: nothing) with one
+    more layer, which `write` writes to the descriptor that it is given. When it returns None nothing has
+    changed: then a history entry tells of `options`, and without any of them the tag is the base's image as
+    it is. An image from nothing has a layer, be it empty, because many tools take no image without.
 
     Raises UsageError for wrong options, before anything is written; ImageError for a base that is damaged;
     LayerError where the layout cannot be written; what `write` raises."""
