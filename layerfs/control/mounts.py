@@ -106,9 +106,10 @@ def open_layers(
     userxattr: bool | None = None,
     *,
     durable: bool,
+    need_upper: bool = True,
 ) -> Stack:
     """The layers of the mount on `mountpoint` (flushed; synced if `durable`), or those that are named,
-    opened.
+    opened. `need_upper`: a mount without an upper will not do.
 
     `userxattr`: which xattrs the upper's marks are in, None: found out. Raises UsageError when not exactly
     one of the two ways is taken, MountError, LayerError."""
@@ -116,7 +117,7 @@ def open_layers(
         if upper is not None or lowers:
             raise UsageError("give either MOUNTPOINT or --upper and --lower, not both")
         info = describe(mountpoint)
-        if info.upper is None:
+        if info.upper is None and need_upper:
             raise MountError(
                 f"{_shown(mountpoint)}: is mounted read-only, without an upper: nothing can have changed"
             )
@@ -124,7 +125,7 @@ def open_layers(
             sync(mountpoint, info)
         else:
             flush(mountpoint)
-        prefix = info.prefix or _guess_prefix(info.upper)
+        prefix = info.prefix or (_guess_prefix(info.upper) if info.upper is not None else TRUSTED)
         stack = Stack(info.lowers, info.upper, XattrNames(prefix))
         _refuse_covered(mountpoint, stack)
         return stack
