@@ -1,7 +1,7 @@
 """The list of commands. Imports nothing: it is read before it is known what will be needed."""
 
-#: Command -> what the list of commands says of it. Its module in layerfs.cli has the same name and holds
-#: `command`.
+#: Command -> what the list of commands says of it. Its module in layerfs.cli has the same name, or the one in
+#: MODULES, and holds `command`.
 COMMANDS = {
     "mount": "Stack layers and mount them.",
     "umount": "Unmount, and wait until everything is on disk.",
@@ -10,5 +10,10 @@ COMMANDS = {
     "apply": "Apply layer tarballs to a directory.",
     "inspect": "Show what an image is.",
     "history": "Show how an image was made.",
+    "squash": "Join layers into one.",
+    "export": "Write a mount or an image as one flat tar.",
+    "import": "Make an image of a flat tar.",
     "doctor": "Tell what this machine and kernel allow.",
 }
+#: Modules that cannot have their command's name.
+MODULES = {"import": "importing"}

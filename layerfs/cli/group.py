@@ -11,7 +11,7 @@ import click
 
 from layerfs import __version__
 from layerfs.cli import talk
-from layerfs.cli.commands import COMMANDS
+from layerfs.cli.commands import COMMANDS, MODULES
 from layerfs.errors import UsageError
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {meaning}" for code, meaning in talk.EXIT_CODES)
@@ -26,7 +26,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"layerfs.cli.{cmd_name}").command
+        module = MODULES.get(cmd_name, cmd_name)
+        command = importlib.import_module(f"layerfs.cli.{module}").command
         assert isinstance(command, click.Command)
         return command
 
