@@ -88,8 +88,8 @@ def append_layer(
     LayerError where the layout cannot be written; what `write` raises."""
     check_tag(tag)
     draft = _Draft(base, options)
-    layout = Layout.create(path)
     try:
+        layout = Layout.create(path)
         layers = [_layer_in(layout, layer) for layer in (base.layers if base is not None else ())]
         entries = _entries(base, layers)
         with layout.new_blob() as blob:
