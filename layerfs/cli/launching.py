@@ -63,6 +63,31 @@ def _undo_and_exit(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Work that cleans up after itself: inside, SIGINT and SIGTERM are exceptions, and end the process after
+    it."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    arrived: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        if not arrived:  # a second one must not cut the cleaning up short
+            arrived.append(number)
+            raise KeyboardInterrupt
+
+    try:
+        for number in numbers:
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, stop)
+        yield
+    finally:
+        if arrived:
+            _undo_and_exit(arrived[0], None)
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
 def mount(
     *,
     options: MountOptions,
@@ -72,11 +97,13 @@ def mount(
     fake: bool = False,
     log: str | None = None,
     source: str | None = None,
+    image: Callable[[], list[str]] | None = None,
     note: Callable[[str], None],
 ) -> None:
     """Check and mount. Exits with 0 when the mount is usable; returns with `foreground` when it has ended.
 
-    `fake`: check only. Raises LayerfsError.
+    `fake`: check only. `image` gives further lower layers, to lie below those of `options`; it is called when
+    all else is known to be right, as it may take long. Raises LayerfsError.
     """
     global _ahead
     from layerfs.overlay.options import kernel_mount_options
@@ -112,6 +139,8 @@ def mount(
     device_before, cleared = preflight.check_mountpoint(mountpoint)
     if cleared:
         note(f"a dead mount was cleared off {mountpoint}")
+    if image is not None:
+        config = replace(config, lowers=(*config.lowers, *image()))
     if config.upper is not None and config.work is None and not config.read_only:
         config = _with_default_work(config)
     try:

@@ -29,7 +29,7 @@ from layerfs.overlay.options import parse_options
 @click.option(
     "--log", metavar="FILE", envvar="LAYERFS_LOG", help="Append what the daemon has to say to FILE."
 )
-@click.argument("mountpoint", metavar="MOUNTPOINT")
+@click.argument("arguments", metavar="[IMAGE] MOUNTPOINT", nargs=-1, required=True)
 def command(
     lowers: tuple[str, ...],
     upper: str | None,
@@ -38,9 +38,13 @@ def command(
     options: tuple[str, ...],
     foreground: bool,
     log: str | None,
-    mountpoint: str,
+    arguments: tuple[str, ...],
 ) -> int:
     """Mount the layers on MOUNTPOINT. Returns when the mount is usable.
+
+    IMAGE is DIR:TAG or DIR@sha256:... in an OCI image layout, or FILE.tar[:REPO:TAG] as docker save writes
+    it. Its layers lie below all --lower directories. They are unpacked once, verified, into
+    $XDG_CACHE_HOME/layerfs (~/.cache/layerfs), and shared by all images that have them.
 
     \b
     Options for -o:
@@ -52,6 +56,12 @@ def command(
       ro nosuid nodev noexec noatime ...    as for any mount
       allow_other                           other users may enter (root: the default)
     """
+    if len(arguments) > 2:
+        raise UsageError(f"too many names: {arguments[2]}: give [IMAGE] MOUNTPOINT")
+    image, mountpoint = [None, *arguments][-2:]
+    assert mountpoint is not None
+    if image == "":
+        raise UsageError("the image is an empty name")
     parsed = parse_options(options)
     if parsed.unknown:
         raise UsageError(f"unknown mount option: {parsed.unknown[0]}")
@@ -76,6 +86,14 @@ def command(
         ephemeral=ephemeral,
         foreground=foreground,
         log=log or None,
+        image=(lambda: _unpacked(image)) if image is not None else None,
         note=lambda line: talk.note("layerfs mount", line),
     )
     return 0
+
+
+def _unpacked(reference: str) -> list[str]:
+    """The layer directories of an image, top first. Raises LayerfsError."""
+    from layerfs.cli.image_layers import unpacked
+
+    return unpacked(reference, lambda line: talk.note("layerfs mount", line))

@@ -1,0 +1,23 @@
+"""From the name of an image to layer directories that can be mounted, shown on a terminal. What
+`layerfs mount` needs for images only: a mount of directories does not import it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from layerfs.cli import progress
+from layerfs.cli.launching import interruptible
+from layerfs.oci.cache import LayerCache
+from layerfs.oci.references import open_image
+
+
+def unpacked(reference: str, note: Callable[[str], None]) -> list[str]:
+    """The layer directories of the image `reference`, top first; what the cache does not have is unpacked
+    into it. Raises LayerfsError."""
+    image = open_image(reference)
+    cache = LayerCache.default()
+    with interruptible(), progress.bar("unpacking") as bar:
+        directories = cache.layer_directories(image, bar)
+    for line in cache.notes:
+        note(line)
+    return directories
