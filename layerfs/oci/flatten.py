@@ -270,15 +270,17 @@ class FlatTree:
 
     # --- members out ---
 
-    def find_directory(self, path: bytes) -> Member | None:
-        """The directory `path` with its attributes; None when it is none, or when they are not known."""
-        here = self._root
+    def find(self, path: bytes) -> Member | None:
+        """What is under `path`, with its attributes; None when they are not known, or nothing is there."""
+        here: _Directory | int | None = self._root
         for part in path.split(b"/") if path else ():
-            child = here.children.get(part)
-            if not isinstance(child, _Directory):
+            if not isinstance(here, _Directory):
                 return None
-            here = child
-        return self._objects.get(here.record, path)[0] if here.record != _FROM_BELOW else None
+            here = here.children.get(part)
+        if here is None:
+            return None
+        number = here.record if isinstance(here, _Directory) else here >> 16
+        return self._objects.get(number, path)[0] if number != _FROM_BELOW else None
 
     @property
     def names_root(self) -> bool:
@@ -306,7 +308,7 @@ class FlatTree:
                 if known is None:
                     reason = "an empty directory that no layer names: left out, the layers below must have it"
                     self._tally.add(reason, path)
-                elif known.find_directory(path) is None:
+                elif (found := known.find(path)) is None or found.kind is not Kind.DIR:
                     yield self._objects.get(self._implied, path)
             if directory.opaque and not hidden:
                 yield _mark(path, whiteout.OPAQUE_NAME, self._time_ns), None
@@ -332,9 +334,9 @@ class FlatTree:
             member, place = self._objects.get(number, here)
             if member.kind is Kind.HARDLINK:
                 self._need_from_below(member)
-                member = _link(member, member.target)
+                member = as_link(member, member.name, member.target)
             elif number in self._shared and (first := first_names.setdefault(number, here)) != here:
-                member, place = _link(member, first), None
+                member, place = as_link(member, here, first), None
             yield member, place
 
     def _find_filled(self) -> None:
@@ -378,9 +380,9 @@ def without_steering(member: Member, tally: Tally) -> Member:
     return replace(member, xattrs=xattrs)
 
 
-def _link(member: Member, target: bytes) -> Member:
-    """`member` as one more name of `target`."""
-    return replace(member, kind=Kind.HARDLINK, size=0, target=target, rdev=(0, 0), xattrs={})
+def as_link(member: Member, name: bytes, target: bytes) -> Member:
+    """The object `member` under one more name, attributes repeated: containers/storage sets those of links."""
+    return replace(member, name=name, kind=Kind.HARDLINK, size=0, target=target, rdev=(0, 0), xattrs={})
 
 
 def _mark(directory: bytes, name: bytes, time_ns: int) -> Member:

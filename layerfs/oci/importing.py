@@ -9,11 +9,11 @@ from the archive is the form: pax, owners by number, no global headers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from layerfs.errors import TarError
-from layerfs.oci.flatten import FlatTree, without_steering
-from layerfs.oci.member import Kind, Mark, Member, display
+from layerfs.oci.flatten import FlatTree, as_link, without_steering
+from layerfs.oci.member import Kind, Mark, display
 from layerfs.oci.plan import check_names, is_whiteout_device
 from layerfs.oci.progress import Progress, Silent
 from layerfs.oci.streams import LayerSink
@@ -50,7 +50,7 @@ def import_tar(source: Source, sink: LayerSink, progress: Progress | None = None
                 "`layerfs apply` takes layers"
             )
         member = without_steering(member, tally)
-        before = tree.find_directory(member.name) if member.kind is Kind.DIR else None
+        before = tree.find(member.name) if member.kind is Kind.DIR else None
         if not tree.add(member):
             if member == before:
                 tally.add("a directory that comes more than once: written once", member.name)
@@ -61,15 +61,12 @@ def import_tar(source: Source, sink: LayerSink, progress: Progress | None = None
             )
         if is_whiteout_device(member):
             continue
-        writer.add(_canonical(member), _chunks(reader, progress))
+        if member.kind is Kind.HARDLINK and (joined := tree.find(member.target)) is not None:
+            member = as_link(joined, member.name, member.target)
+        writer.add(member, _chunks(reader, progress))
         members += 1
     writer.finish()
     return Imported(members, (*notes, *tally.lines()))
-
-
-def _canonical(member: Member) -> Member:
-    """A hard link has the attributes of what it joins: archives repeat them, or not."""
-    return replace(member, xattrs={}) if member.kind is Kind.HARDLINK else member
 
 
 def _chunks(reader: TarReader, progress: Progress) -> Iterator[bytes]:
