@@ -13,10 +13,11 @@ media-types.md, "Compatibility Matrix".
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -89,23 +90,36 @@ def append_layer(
     check_tag(tag)
     draft = _Draft(base, options)
     try:
-        layout = Layout.create(path)
-        layers = [_layer_in(layout, layer) for layer in (base.layers if base is not None else ())]
-        entries = _entries(base, layers)
+        with _naming(path):
+            layout = Layout.create(path)
+        with _naming(base.reference if base is not None else path):
+            layers = [_layer_in(layout, layer) for layer in (base.layers if base is not None else ())]
         with layout.new_blob() as blob:
             written = write(blob.fd)
             if written is not None:
                 blob.commit(written.digest, written.size)
-        if written is None and base is not None and options.is_plain():
-            return _tag_base(layout, tag, base, entries)
-        if written is not None:
-            entries.append({"mediaType": written.media_type, "digest": written.digest, "size": written.size})
-        config = draft.config(written.diff_id if written is not None else None)
-        made = _publish(layout, tag, config, draft.manifest(entries))
-        return replace(made, added=written is not None)
+        entries = _entries(base, layers)
+        with _naming(path):
+            if written is not None:
+                new = {"mediaType": written.media_type, "digest": written.digest, "size": written.size}
+                entries.append(new)
+            elif base is not None and options.is_plain():
+                return _tag_base(layout, tag, base, entries)
+            config = draft.config(written.diff_id if written is not None else None)
+            made = _publish(layout, tag, config, draft.manifest(entries))
+            return replace(made, added=written is not None)
     except OSError as error:
         shown = display(os.fsencode(path))
         raise LayerError(f"{shown}: cannot be written: {error.strerror}", error.errno) from error
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Errors of stores do not say which one."""
+    try:
+        yield
+    except LayerError as error:
+        raise type(error)(f"{display(os.fsencode(path))}: {error}", error.errno) from None
 
 
 class _Draft:
