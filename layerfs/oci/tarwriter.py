@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 
 from layerfs.errors import LayerError
 from layerfs.oci.member import Kind, Member, display, split
@@ -71,24 +72,29 @@ def _record(key: bytes, value: bytes) -> bytes:
     return b"%d %b=%b\n" % (length, key, value)
 
 
-def _ustar(
-    name: bytes,
-    kind: bytes,
-    mode: int,
-    uid: int,
-    gid: int,
-    size: int,
-    mtime: int,
-    link: bytes = b"",
-    devices: bytes = _NO_DEVICE,
-) -> bytes:
-    """One header block; `name` and `link` are ASCII and fit, and so do the numbers."""
-    front = b"%b%07o\0%07o\0%07o\0%011o\0%011o\0" % (name.ljust(100, b"\0"), mode, uid, gid, size, mtime)
-    back = b"%b%bustar\00000%b%b%b" % (kind, link.ljust(100, b"\0"), _NO_NAMES, devices, _NO_PREFIX)
+@lru_cache(1024)
+def _owner(mode: int, uid: int, gid: int) -> bytes:
+    """Three fields of a header that are much the same for all members."""
+    return b"%07o\0%07o\0%07o\0" % (mode, uid, gid)
+
+
+@lru_cache(64)
+def _tail(kind: bytes, link: bytes, devices: bytes) -> bytes:
+    """All behind the checksum."""
+    return b"%b%bustar\00000%b%b%b" % (kind, link.ljust(100, b"\0"), _NO_NAMES, devices, _NO_PREFIX)
+
+
+_PAX_OWNER = _owner(0o644, 0, 0)
+_PAX_TAIL = _tail(b"x", b"", _NO_DEVICE)
+
+
+def _ustar(name: bytes, owner: bytes, size: int, seconds: int, tail: bytes) -> bytes:
+    """One header block; `name` is ASCII and fits, and so do the numbers."""
+    front = b"%b%b%011o\0%011o\0" % (name.ljust(100, b"\0"), owner, size, seconds)
     # The checksum is the sum of all bytes, its own field taken as blanks. Adler-32's low half is that sum
     # plus one, modulo 65,521, which 512 bytes of ASCII do not reach; and it takes one call.
-    checksum = (zlib.adler32(back, zlib.adler32(front)) & 0xFFFF) - 1 + 8 * 0x20
-    return b"%b%06o\0 %b" % (front, checksum, back)
+    checksum = (zlib.adler32(tail, zlib.adler32(front)) & 0xFFFF) - 1 + 8 * 0x20
+    return b"%b%06o\0 %b" % (front, checksum, tail)
 
 
 def _short(name: bytes, records: dict[bytes, bytes], key: bytes) -> bytes:
@@ -109,32 +115,30 @@ def _number(value: int, limit: int, records: dict[bytes, bytes], key: bytes) -> 
 def encode_header(member: Member) -> bytes:
     """All header blocks of `member`: a pure function of it."""
     records: dict[bytes, bytes] = {}
-    name = member.name
-    if member.kind is Kind.DIR:
+    kind, name = member.kind, member.name
+    if kind is Kind.DIR:
         name = name + b"/" if name else b"./"
-    link = member.target if member.kind in _LINKS else b""
-    size = member.size if member.kind is Kind.FILE else 0
-    devices = b"%07o\0%07o\0" % member.rdev if member.kind in _DEVICES else _NO_DEVICE
+    link = _short(member.target, records, b"linkpath") if kind in _LINKS else b""
     short = _short(name, records, b"path")
-    short_link = _short(link, records, b"linkpath")
     uid = _number(member.uid, _MAX_8, records, b"uid")
     gid = _number(member.gid, _MAX_8, records, b"gid")
-    short_size = _number(size, _MAX_12, records, b"size")
+    size = _number(member.size, _MAX_12, records, b"size") if kind is Kind.FILE else 0
     seconds, rest = divmod(member.mtime_ns, 1_000_000_000)
     if rest or not 0 <= seconds <= _MAX_12:
         records[b"mtime"] = format_time(member.mtime_ns)
         seconds = min(max(seconds, 0), _MAX_12)
     for attribute, value in member.xattrs.items():
         records[XATTR_KEY + xattr_keyword(os.fsencode(attribute))] = value
-    flag, mode = member.kind.value, member.mode & 0o7777
-    header = _ustar(short, flag, mode, uid, gid, short_size, seconds, short_link, devices)
+    devices = b"%07o\0%07o\0" % member.rdev if kind in _DEVICES else _NO_DEVICE
+    tail = _tail(kind.value, link, devices)
+    header = _ustar(short, _owner(member.mode & 0o7777, uid, gid), size, seconds, tail)
     if not records:
         return header
     body = b"".join([_record(key, value) for key, value in sorted(records.items())])
     last = split(member.name)[1] or b"root"
     pax_name = b"PaxHeaders.0/" + last[:80].translate(_ASCII)
-    pax = _ustar(pax_name, b"x", 0o644, 0, 0, len(body), seconds)
-    return pax + body + bytes(-len(body) % BLOCK) + header
+    pax = _ustar(pax_name, _PAX_OWNER, len(body), seconds, _PAX_TAIL)
+    return b"%b%b%b%b" % (pax, body, bytes(-len(body) % BLOCK), header)
 
 
 def read_chunks(fd: int, size: int, what: bytes) -> Iterator[bytes]:
@@ -160,11 +164,14 @@ class TarWriter:
 
     def __init__(self, write: Callable[[bytes], object]) -> None:
         self._write = write
+        #: of the last member; goes out with the next header
+        self._padding = b""
 
     def add(self, member: Member, data: Iterable[bytes] = ()) -> None:
         """Appends one member. `data` must give exactly `member.size` bytes; AssertionError otherwise (our
         bug, not the user's)."""
-        self._write(encode_header(member))
+        self._write(self._padding + encode_header(member))
+        self._padding = b""
         if member.kind is not Kind.FILE or not member.size:
             return
         written = 0
@@ -172,8 +179,7 @@ class TarWriter:
             written += len(chunk)
             self._write(chunk)
         assert written == member.size, (member.name, written, member.size)
-        if written % BLOCK:
-            self._write(bytes(-written % BLOCK))
+        self._padding = bytes(-written % BLOCK)
 
     def finish(self) -> None:
-        self._write(bytes(2 * BLOCK))
+        self._write(self._padding + bytes(2 * BLOCK))
