@@ -6,9 +6,9 @@ import contextlib
 import io
 import json
 import os
+import secrets
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ PLAIN = "application/vnd.oci.image.layer.v1.tar"
 
 @contextlib.contextmanager
 def scratch_place(name: str) -> Iterator[Path]:
-    """A directory that is gone afterwards. podman wants short paths, so: a short name."""
-    path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=scratch_root()))
+    """A directory that is gone afterwards. podman wants short paths, so: a short name; buildah takes no
+    reference with `-_` in it, which mkdtemp may give."""
+    path = scratch_root() / f"{name}-{secrets.token_hex(4)}"
+    path.mkdir(0o700)
     try:
         yield path
     finally:

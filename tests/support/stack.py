@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 import stat
 import subprocess
 import tempfile
@@ -129,7 +130,9 @@ def scratch_root() -> Path:
         candidates = [os.environ.get("LAYERFS_TEST_DIR"), "/var/tmp", tempfile.gettempdir()]
         usable = [c for c in candidates if c and os.access(c, os.W_OK)]
         disk = [c for c in usable if fs_type(c) in ("ext4", "xfs", "btrfs")]
-        _scratch = Path(tempfile.mkdtemp(prefix="layerfs-test-", dir=(disk or usable)[0]))
+        # Hexadecimal: image tools take a path as a part of a name, and mkdtemp's may begin with "_".
+        _scratch = Path((disk or usable)[0]) / f"layerfs-test-{secrets.token_hex(6)}"
+        _scratch.mkdir(0o700)
         os.chmod(_scratch, 0o755)
     return _scratch
 
