@@ -381,7 +381,7 @@ def without_steering(member: Member, tally: Tally) -> Member:
 
 
 def as_link(member: Member, name: bytes, target: bytes) -> Member:
-    """The object `member` under one more name, attributes repeated: containers/storage sets those of links."""
+    """The object `member` under one more name. It repeats the attributes: containers/storage sets them."""
     return replace(member, name=name, kind=Kind.HARDLINK, size=0, target=target, rdev=(0, 0), xattrs={})
 
 

