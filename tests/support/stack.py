@@ -131,7 +131,7 @@ def scratch_root() -> Path:
         usable = [c for c in candidates if c and os.access(c, os.W_OK)]
         disk = [c for c in usable if fs_type(c) in ("ext4", "xfs", "btrfs")]
         # Hexadecimal: image tools take a path as a part of a name, and mkdtemp's may begin with "_".
-        _scratch = Path((disk or usable)[0]) / f"layerfs-test-{secrets.token_hex(6)}"
+        _scratch = Path((disk or usable)[0]) / f"layerfs-test-{secrets.token_hex(4)}"
         _scratch.mkdir(0o700)
         os.chmod(_scratch, 0o755)
     return _scratch
