@@ -11,7 +11,9 @@ from typing import Any
 
 import click
 
+from layerfs.cli import talk
 from layerfs.errors import UsageError
+from layerfs.ids import DiffId
 from layerfs.oci.append import Appended, ImageOptions, append_layer
 from layerfs.oci.commit import CommitOptions, Summary, is_inside, write_layer
 from layerfs.oci.image import Image
@@ -98,6 +100,7 @@ def commit_image(
 ) -> tuple[Summary, Appended]:
     """Makes the image. Raises UsageError, LayerError."""
     _refuse_inside(target.path, stack)
+    _compare_with_base(target, stack)
     summary: Summary | None = None
 
     def write(fd: int) -> Written | None:
@@ -109,6 +112,39 @@ def commit_image(
     appended = append_layer(target.path, target.tag, target.base, target.options, write)
     assert summary is not None
     return summary, appended
+
+
+def _compare_with_base(target: Target, stack: Stack) -> None:
+    """Where the lowers are layers of images, --base has to be that image: upon another one the layer would
+    hide and replace what it never saw."""
+    cached = _cached_layers(stack)
+    if not cached:
+        return
+    if target.base is None:
+        talk.note(
+            "layerfs commit",
+            "this was changed in an image, and without --base the new image has the changed files alone",
+        )
+        return
+    # a layer that comes twice is mounted once, and what an opaque root hides is not mounted at all
+    expected = list(dict.fromkeys(layer.diff_id for layer in reversed(target.base.layers)))
+    if expected[: len(cached)] != cached:
+        raise UsageError(
+            f"{display(os.fsencode(target.base.reference))}: is not the image that was changed: "
+            "give --base the one that is mounted"
+        )
+
+
+def _cached_layers(stack: Stack) -> list[DiffId]:
+    """The layers of images among the lowers, top first."""
+    from layerfs.oci.cache import LayerCache, default_path
+
+    place = os.path.realpath(default_path()) + os.sep
+    paths = [os.path.realpath(lower.path) for lower in stack.lowers]
+    if not any(path.startswith(place) for path in paths):
+        return []
+    cache = LayerCache.default()
+    return [diff_id for path in paths if (diff_id := cache.diff_id_of(path)) is not None]
 
 
 def image_lines(target: Target, appended: Appended) -> list[str]:
