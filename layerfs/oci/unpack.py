@@ -281,7 +281,13 @@ class _Unpacker(Builder):
             self._hiding.emptied.add(directory)
 
     def _may_hide_in(self, directory: bytes, member: bytes) -> bool:
-        return self._kind_of(directory, f"member {display(member)}") in (None, Kind.DIR)
+        """Whether a whiteout in `directory` means anything. Raises TarError behind a symbolic link."""
+        what = f"member {display(member)}"
+        kind = self._kind_of(directory, what)
+        above, name = split(directory)
+        if kind is Kind.FILE and self._is_own_directory(above):
+            _raise_if_link(self._open(above), name, what)
+        return kind is not Kind.FILE
 
     def _is_own_directory(self, path: bytes) -> bool:
         return not path or path in self._directories or path in self._implied

@@ -150,10 +150,23 @@ def check_law(place: Path, layers: Sequence[Layer]) -> list[str]:
 
 
 def replaces_its_own(layer: Layer) -> bool:
-    """What such a layer replaced is no longer in the way when its directory is laid upon the others."""
-    names = [member.name for member, _ in layer]
-    leaves = [member.name + b"/" for member, _ in layer if member.kind is not Kind.DIR]
-    return len(set(names)) < len(names) or any(name.startswith(leaf) for name in names for leaf in leaves)
+    """What such a layer replaces or hides late was in the way of `apply`; it is not any more when the layer's
+    directory is laid upon the others."""
+    seen: list[bytes] = []
+    for member, _ in layer:
+        directory, _, name = member.name.rpartition(b"/")
+        gone = member.name
+        if name == b".wh..wh..opq":
+            gone = directory
+        elif name.startswith(b".wh."):
+            gone = directory + b"/" + name[4:] if directory else name[4:]
+        inside = gone + b"/" if gone else b""
+        if member.name in seen or gone in seen:
+            return True
+        if member.kind is not Kind.DIR and any(name.startswith(inside) for name in seen):
+            return True
+        seen.append(member.name)
+    return False
 
 
 def test_attributes_and_the_result(place: Path) -> None:
@@ -286,6 +299,7 @@ _layers = st.integers(0, 9).flatmap(lambda number: st.lists(_entries(number), ma
 @example([[m.file(b"a/b")], [m.file(b"a"), m.directory(b"a")]])
 @example([[m.file(b"a/b")], [m.file(b".wh.a"), m.file(b"a/c")]])
 @example([[m.file(b"a/b")], [m.file(b"a/c"), m.file(b".wh.a")]])
+@example([[m.file(b"a"), m.file(b"a/a/.wh.a")]])
 @example([[m.file(b"a")], [m.hardlink(b"b", b"a"), m.directory(b"b")]])
 def test_merging_is_applying(layers: list[Layer]) -> None:
     os.environ["SOURCE_DATE_EPOCH"] = "0"
