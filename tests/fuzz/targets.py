@@ -1,0 +1,119 @@
+"""What is fuzzed: functions that take any bytes and return, or raise whatever is wrong with layerfs. Knows no
+fuzzer.
+
+A new target is a function, some seeds, and a line in TARGETS."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import zstandard
+
+from layerfs.errors import TarError
+from layerfs.oci.member import Kind, Member, plain_path
+from layerfs.oci.streams import LayerSource
+from layerfs.oci.tarreader import TarReader
+from tests.oci import members as m
+
+
+@dataclass(frozen=True)
+class Target:
+    """`read` must return for any bytes; `seeds` are small inputs that it likes."""
+
+    read: Callable[[bytes], None]
+    seeds: Callable[[], list[bytes]]
+
+
+def _layers() -> list[bytes]:
+    """Plain tars with everything that a layer can hold."""
+    xattrs = {"user.k": b"v", "security.capability": b"\1\0\0\2" + bytes(16)}
+    return [
+        m.tar_bytes([]),
+        m.tar_bytes([m.file(b"a", b"x" * 600)]),
+        m.tar_bytes(
+            [
+                m.directory(b""),
+                m.directory(b"d", mode=0o1777, mtime_ns=1_600_000_000_123_456_789),
+                m.file(b"d/.wh.gone"),
+                m.file(b"d/.wh..wh..opq"),
+                m.file(b"d/" + b"n" * 120, b"1", uid=3_000_000, xattrs=xattrs),
+                m.hardlink(b"d/h", b"d/" + b"n" * 120),
+                m.link(b"l", b"../" * 50),
+            ]
+        ),
+        m.tar_bytes(
+            [
+                (Member(b"null", Kind.CHAR, 0o666, rdev=(1, 3)), b""),
+                (Member(b"pipe", Kind.FIFO, mtime_ns=-1), b""),
+                m.file(b"\xff\xfe", b"", mtime_ns=-(10**18)),
+            ]
+        ),
+    ]
+
+
+def _compressed() -> list[bytes]:
+    plain = _layers()
+    zstd = zstandard.ZstdCompressor(write_checksum=True)
+    skippable = b"\x5f\x2a\x4d\x18\5\0\0\0hello"
+    return [
+        *plain,
+        *(gzip.compress(raw, mtime=0) for raw in plain),
+        *(zstd.compress(raw) for raw in plain),
+        gzip.compress(plain[1][:700]) + gzip.compress(plain[1][700:]) + bytes(20),
+        skippable + zstd.compress(plain[1][:700]) + skippable + zstd.compress(plain[1][700:]),
+    ]
+
+
+def _read(raw: bytes, *, digests: bool) -> tuple[list[tuple[Member, bytes]], str]:
+    """All members, and what was said at the end."""
+    found: list[tuple[Member, bytes]] = []
+    fd = os.memfd_create("fuzz")
+    try:
+        os.write(fd, raw)
+        os.lseek(fd, 0, os.SEEK_SET)
+        with LayerSource(fd, digests=digests) as source:
+            reader = TarReader(source)
+            for member in reader:
+                found.append((member, b"".join(iter(lambda: reader.read(70_000), b""))))
+            if digests:
+                source.drain()
+                assert source.raw_size == len(raw)
+    except TarError as error:
+        assert "\n" not in str(error) and str(error).isprintable()
+        return found, str(error)
+    finally:
+        os.close(fd)
+    return found, ""
+
+
+def read_layer(raw: bytes) -> None:
+    """Any bytes are members or a TarError, the same ones however they are read; members are what the writer
+    could have written."""
+    found, said = _read(raw, digests=False)
+    assert (found, said) == _read(raw, digests=True)
+    for member, data in found:
+        assert len(data) == member.size
+        assert not member.name or plain_path(member.name) == member.name
+        assert 0 <= member.mode <= 0o7777
+    if sum(len(data) for _, data in found) < 1 << 20:
+        assert _read(m.tar_bytes(found), digests=False) == (found, "")
+
+
+def read_tar(raw: bytes) -> None:
+    """As `read_layer`, with checksums put right first: else few of a fuzzer's headers are ever looked at."""
+    blocks = [raw[at : at + 512] for at in range(0, len(raw), 512)]
+    read_layer(b"".join(_with_checksum(block) if block[257:262] == b"ustar" else block for block in blocks))
+
+
+def _with_checksum(block: bytes) -> bytes:
+    total = sum(block[:148]) + 8 * 0x20 + sum(block[156:])
+    return block[:148] + b"%06o\0 " % total + block[156:]
+
+
+TARGETS = {
+    "layer": Target(read_layer, _compressed),
+    "tar": Target(read_tar, _layers),
+}
