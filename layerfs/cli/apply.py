@@ -20,7 +20,7 @@ _PROGRAM = "layerfs apply"
 @click.argument("layers", nargs=-1, required=True, metavar="LAYER...")
 @click.argument("directory", metavar="DIR")
 def command(layers: tuple[str, ...], directory: str) -> int:
-    """Apply layer tarballs (plain or gzip) to DIR, the lowest layer first; '-' is stdin.
+    """Apply layer tarballs (plain, gzip or zstd) to DIR, the lowest layer first; '-' is stdin.
 
     A damaged or hostile layer is refused, from a file before anything was changed. What a layer may not have
     (overlay's own attributes, character devices 0/0) and what an ordinary user may not make (devices, other

@@ -110,7 +110,7 @@ CASES = [
     # the command line
     Case("no lower", lambda box: [box("m")], "at least one lower layer", 2),
     Case("no mount point", lambda box: ["--lower", box("a")], "MOUNTPOINT", 2),
-    Case("two mount points", lambda box: [*plain(box), "more"], "unexpected extra argument", 2),
+    Case("two mount points", lambda box: [*plain(box), box("m"), "more"], "too many names: more", 2),
     Case("unknown flag", with_options("--frobnicate"), "--frobnicate", 2),
     Case("unknown option", with_options("-o", "frob=1"), "unknown mount option: frob=1", 2),
     Case("fuse-overlayfs option", with_options("-o", "noacl"), "noacl", 2),
