@@ -69,18 +69,19 @@ class _Directory:
 class FlatTree:
     """Layers are put in lowest first: `begin_layer`, `add` for each member, in the order of the tarball.
 
-    `whole`: nothing lies below. `time_ns`: of directories that are implied and new. `tally` gathers what is
-    dropped, as when a layer is applied: AUFS's book-keeping, devices 0/0, xattrs that would steer a merge."""
+    `whole`: nothing lies below. `marks_ns`: time of whiteouts. `tally` gathers what is dropped, as when a
+    layer is applied: AUFS's book-keeping, devices 0/0, xattrs that would steer a merge. Directories that are
+    implied and new get time 0, whatever the day, as in the layer cache."""
 
-    def __init__(self, tally: Tally, *, whole: bool, time_ns: int = 0, max_held: int = MAX_HELD) -> None:
+    def __init__(self, tally: Tally, *, whole: bool, marks_ns: int = 0, max_held: int = MAX_HELD) -> None:
         self._tally = tally
         self._whole = whole
         self._layer = _NO_LAYER
         self._objects = PackedObjects(max_held)
         #: objects with several names
         self._shared: set[int] = set()
-        self._time_ns = time_ns
-        self._implied = self._objects.add(Member(b"", Kind.DIR, 0o755, mtime_ns=time_ns), Place(0, 0))
+        self._marks_ns = marks_ns
+        self._implied = self._objects.add(Member(b"", Kind.DIR, 0o755), Place(0, 0))
         self._root = _Directory(whole, _FROM_BELOW)
         self._root.made = True
         #: the directory that members are being put in, and its path
@@ -311,9 +312,9 @@ class FlatTree:
                 elif (found := known.find(path)) is None or found.kind is not Kind.DIR:
                     yield self._objects.get(self._implied, path)
             if directory.opaque and not hidden:
-                yield _mark(path, whiteout.OPAQUE_NAME, self._time_ns), None
+                yield _mark(path, whiteout.OPAQUE_NAME, self._marks_ns), None
             for name in sorted(name for name, child in directory.children.items() if child is None):
-                yield _mark(path, whiteout.PREFIX + name, self._time_ns), None
+                yield _mark(path, whiteout.PREFIX + name, self._marks_ns), None
             names = sorted(name for name, child in directory.children.items() if child is not None)
             levels.append((iter(names), directory, path))
 

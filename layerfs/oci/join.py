@@ -112,9 +112,8 @@ def join_layers(
     progress = progress or Silent()
     tally = Tally()
     notes: list[str] = []
-    time_ns = made_up_time() * 1_000_000_000
     with Spool() as spool:
-        tree = FlatTree(tally, whole=whole, time_ns=time_ns)
+        tree = FlatTree(tally, whole=whole, marks_ns=made_up_time() * 1_000_000_000)
         for number, layer in enumerate(layers, 1):
             progress.describe(f"reading layer {number} of {len(layers)}")
             try:
@@ -132,7 +131,8 @@ def join_layers(
         writer = TarWriter(sink.write)
         members = 0
         if name_root and not tree.names_root:
-            writer.add(Member(b"", Kind.DIR, 0o755, mtime_ns=time_ns))
+            members += 1
+            writer.add(Member(b"", Kind.DIR, 0o755))
         for member, place in tree.members(tree_below if below else None):
             members += 1
             writer.add(member, spool.read(place, member.size, member.name) if place is not None else ())
