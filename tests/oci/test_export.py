@@ -1,4 +1,4 @@
-"""`layerfs export`: the same tree gives the same tar, from a mount and from an image, and others unpack it."""
+"""`layerfs export`: the same tree gives the same tar, from a mount and an image, and others unpack it."""
 
 from __future__ import annotations
 
