@@ -52,7 +52,7 @@ def split_new_reference(reference: str) -> tuple[str, str]:
         pass  # it is not there yet
     path, colon, tag = reference.rpartition(":")
     if not colon or "/" in tag:
-        return reference, DEFAULT_TAG
+        path, tag = reference, DEFAULT_TAG
     if not path or not tag:
         raise UsageError(f"{display(os.fsencode(reference))}: give DIRECTORY:TAG")
     return path, tag

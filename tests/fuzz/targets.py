@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import zstandard
 
-from layerfs.errors import TarError
+from layerfs.errors import ImageError, TarError
+from layerfs.oci.image import CONFIG, MANIFEST, parse_config, parse_index, parse_manifest
 from layerfs.oci.member import Kind, Member, plain_path
-from layerfs.oci.streams import LayerSource
+from layerfs.oci.streams import MEDIA_TYPES, LayerSource
+from layerfs.oci.strict_json import encode
 from layerfs.oci.tarreader import TarReader
 from tests.oci import members as m
 
@@ -113,7 +115,51 @@ def _with_checksum(block: bytes) -> bytes:
     return block[:148] + b"%06o\0 " % total + block[156:]
 
 
+def _documents() -> list[bytes]:
+    """An index, a manifest and a config, as layerfs writes them and as strangers do."""
+    digest = f"sha256:{'0' * 64}"
+    blob = {"mediaType": MEDIA_TYPES["gzip"], "digest": digest, "size": 5, "urls": [], "annotations": None}
+    config = {**blob, "mediaType": CONFIG}
+    platform = {"os": "linux", "architecture": "arm", "variant": "v7"}
+    execution = {
+        "Env": ["A=b"],
+        "Cmd": None,
+        "Entrypoint": [],
+        "Volumes": {"/v": {}},
+        "Labels": {"l": "\u00e9"},
+    }
+    return [
+        encode({"schemaVersion": 2, "manifests": [{**blob, "mediaType": MANIFEST, "platform": platform}]}),
+        encode({"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [blob]}),
+        encode(
+            {
+                "architecture": "arm",
+                "os": "linux",
+                "config": execution,
+                "rootfs": {"type": "layers", "diff_ids": [digest]},
+                "history": [{"created_by": "x", "comment": "\ud83d\ude00", "empty_layer": True}, {}],
+                "unknown": [1.5e300, -7, {"deep": [[[]]]}],
+            }
+        ),
+    ]
+
+
+def read_documents(raw: bytes) -> None:
+    """Any bytes are a document or an ImageError of one line; what was a document can be written and is the
+    same again."""
+    for parse in (parse_index, parse_manifest, parse_config):
+        try:
+            document = parse(raw)
+        except ImageError as error:
+            assert "\n" not in str(error) and str(error).isprintable()
+            continue
+        again = parse(encode(document.raw))
+        assert again == document
+        assert again.raw == document.raw
+
+
 TARGETS = {
     "layer": Target(read_layer, _compressed),
     "tar": Target(read_tar, _layers),
+    "image": Target(read_documents, _documents),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from layerfs.errors import ImageError, UsageError
+from layerfs.errors import ImageError, LayerError, UsageError
 from layerfs.oci.append import ImageOptions, append_layer
 from layerfs.oci.image import Descriptor, digest_of
 from layerfs.oci.layout import Layout
@@ -357,3 +358,40 @@ def test_every_step_may_be_the_last(
         assert temporaries(path) == []
         subprocess.run(["rm", "-rf", path], check=True)
     pytest.fail("more steps than a commit has")
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root (mounts a small tmpfs)")
+def test_a_full_disk(place: Path) -> None:
+    """With more and more room the layer, the config, the manifest or the index is what does not fit: one
+    line, and the old image as it was."""
+    disk, page = place / "disk", 4096
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)
+    try:
+        path = disk / "l"
+        make_image(path, "old", [tar_of({"old": b"o"})])
+        before = (path / "index.json").read_bytes()
+        base = open_image(f"{path}:old")
+        failures = 0
+        for room in range(40):
+            filler = disk / "filler"
+            filler.write_bytes(b"")
+            free = os.statvfs(disk).f_bavail
+            filler.write_bytes(bytes((free - room) * page))
+            try:
+                append_layer(str(path), "new", base, ImageOptions("test"), layer("new", 20_000))
+                break
+            except LayerError as error:
+                assert str(error) == f"{path}: cannot be written: No space left on device"
+            failures += 1
+            assert (path / "index.json").read_bytes() == before
+            assert temporaries(path) == []
+            check_whole(path)
+        del base  # it holds the layout open
+        assert failures >= 3
+        assert sorted(tags(path)) == ["new", "old"]
+        check_whole(path)
+    finally:
+        gc.collect()
+        subprocess.run(["umount", disk], check=True)
