@@ -60,9 +60,10 @@ def make(tree: Path, files: int, size: int) -> None:
     scale = size / sum(sizes)
     tree.mkdir()
     directories = [tree]
+    deepest = len(tree.parts) + 5
     for number, share in enumerate(sizes):
         if number % FILES_PER_DIRECTORY == 0:
-            parent = choose.choice(directories[-60:])
+            parent = choose.choice([tree, *(one for one in directories[-300:] if len(one.parts) < deepest)])
             directory = parent / f"directory-{number // FILES_PER_DIRECTORY:05}"
             directory.mkdir()
             directories.append(directory)

@@ -14,6 +14,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Protocol
 
 from layerfs.errors import TarError
@@ -36,6 +37,7 @@ _MAX_SECONDS = 1 << 40
 #: Name, mode, uid, gid, size, mtime, (checksum), type, link, magic, (version, owner's names), device, prefix.
 _HEADER = struct.Struct("100s8s8s8s12s12s8x1s100s6s66x8s8s155s12x")
 _ZERO = bytes(BLOCK)
+_RECORD = re.compile(rb"([0-9]{1,9}) ([^=]+)=")
 _TIME = re.compile(rb"(-?)([0-9]{1,13})(?:\.([0-9]*))?")
 _KINDS = {
     b"0": Kind.FILE,
@@ -81,6 +83,10 @@ def _number(raw: bytes, what: str) -> int:
     raise TarError(f"the layer is damaged: a header's {what} is no number")
 
 
+#: For the fields that are much the same for all members.
+_same_number = lru_cache(1024)(_number)
+
+
 def _decimal(value: bytes, key: bytes) -> int:
     if not re.fullmatch(rb"[0-9]{1,20}", value):
         raise TarError(f"the layer is damaged: pax {display(key)}={display(value[:40])} is no number")
@@ -118,13 +124,11 @@ def parse_records(body: bytes) -> dict[bytes, bytes]:
     records: dict[bytes, bytes] = {}
     at = 0
     while at < len(body):
-        space = body.find(b" ", at, at + 10)
-        digits = body[at:space] if space > 0 else b""
-        end = at + int(digits) if digits.isdigit() else 0
-        equals = body.find(b"=", space, end)
-        if end <= space or end > len(body) or equals <= space + 1 or body[end - 1] != 0x0A:
+        start = _RECORD.match(body, at)
+        end = at + int(start[1]) if start is not None else 0
+        if start is None or not start.end() < end <= len(body) or body[end - 1] != 0x0A:
             raise TarError("the layer is damaged: a pax header has a malformed record")
-        records[body[space + 1 : equals]] = body[equals + 1 : end - 1]
+        records[start[2]] = body[start.end() : end - 1]
         at = end
     return records
 
@@ -256,7 +260,7 @@ class TarReader:
         return Member(
             path,
             kind,
-            _number(mode, "mode") & 0o7777,
+            _same_number(mode, "mode") & 0o7777,
             self._owner(path, records, b"uid", uid),
             self._owner(path, records, b"gid", gid),
             self._time(path, records, mtime),
@@ -278,7 +282,7 @@ class TarReader:
 
     @staticmethod
     def _owner(path: bytes, records: dict[bytes, bytes], key: bytes, raw: bytes) -> int:
-        owner = _decimal(records[key], key) if key in records else _number(raw, key.decode())
+        owner = _decimal(records[key], key) if key in records else _same_number(raw, key.decode())
         if not 0 <= owner <= MAX_ID:
             raise TarError(
                 f"member {display(path)} has an owner that does not exist ({key.decode()} {owner})"
