@@ -2,8 +2,9 @@
 outside the directory is touched (`beneath`, `building`).
 
 How nothing is half-made: a layer that comes from a regular file is read once before anything is changed
-(`check_layer`), so that a damaged, cut or hostile one is refused with the directory as it was; every object
-but a directory is made under a temporary name and renamed into place when it is whole.
+(`check_layer`), so that a damaged, cut or hostile one is refused with the directory as it was; what replaces
+an object is made under a temporary name and renamed over it when it is whole; what cannot be finished is
+taken away again.
 
 Sources: image-spec layer.md "Applying Changesets", "Whiteouts". Dropped with a note (DESIGN, "Layers and
 images"): overlay's and fuse-overlayfs's xattrs, and character devices 0/0, because in a layer directory they
@@ -82,10 +83,18 @@ class _Applier(Builder):
     # --- making ---
 
     def _put(self, parent: Parent, name: bytes, member: Member, reader: TarReader) -> None:
-        """Under a temporary name first: the old object is there until the new one is whole."""
+        """A new name is used at once. When we are killed it may stand for a part, which the next attempt
+        replaces; a temporary name would stay for ever."""
+        try:
+            self._make(parent, name, member, reader)
+        except FileExistsError:
+            self._replace(parent, name, member, reader)
+
+    def _replace(self, parent: Parent, name: bytes, member: Member, reader: TarReader) -> None:
+        """The object that is there stays until the new one is whole."""
+        self._make(parent, self._temporary, member, reader)
         fd = parent.fd.fd
         try:
-            self._make(parent, self._temporary, member, reader)
             try:
                 os.rename(self._temporary, name, src_dir_fd=fd, dst_dir_fd=fd)
             except IsADirectoryError:

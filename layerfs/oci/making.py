@@ -69,7 +69,7 @@ class ObjectMaker:
         self._tally = tally
 
     def file(self, parent: Parent, name: bytes, member: Member, data: Data) -> None:
-        """Raises OSError (EEXIST when the name is taken), with the half-made file left to the caller."""
+        """Raises OSError (EEXIST when the name is taken); then nothing is left."""
         mode = member.mode
         # A mode without w would keep an ordinary user from setting xattrs; 0600 until it belongs to whom it
         # should.
@@ -96,12 +96,15 @@ class ObjectMaker:
                 )
         except BaseException:
             with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=parent.fd.fd)
+            with contextlib.suppress(OSError):
                 os.close(fd)
             raise
         os.close(fd)  # a network file system may only now say that the disk is full
 
     def special(self, parent: Parent, name: bytes, member: Member) -> None:
-        """A symbolic link, fifo or device. Raises LeftOut, OSError (EEXIST when the name is taken)."""
+        """A symbolic link, fifo or device. Raises LeftOut, OSError (EEXIST when the name is taken); then
+        nothing is left."""
         fd = parent.fd.fd
         if member.kind is Kind.SYMLINK:
             os.symlink(member.target, name, dir_fd=fd)
@@ -114,13 +117,18 @@ class ObjectMaker:
                 if error.errno == errno.EPERM and member.kind is not Kind.FIFO:
                     raise LeftOut from None
                 raise
-        self.set_attributes(
-            at_path(fd, name),
-            member,
-            follow=False,
-            clean=parent.has_default_acl and member.kind is not Kind.SYMLINK,
-            births=parent.births,
-        )
+        try:
+            self.set_attributes(
+                at_path(fd, name),
+                member,
+                follow=False,
+                clean=parent.has_default_acl and member.kind is not Kind.SYMLINK,
+                births=parent.births,
+            )
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=fd)
+            raise
 
     def hard_link(self, root: OwnedFd, parent: Parent, name: bytes, member: Member) -> None:
         """Raises TarError where the partner is not there below `root`, or is a directory."""
