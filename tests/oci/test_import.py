@@ -24,6 +24,9 @@ from layerfs.oci.tarwriter import TarWriter
 from tests.oci import members as m
 from tests.oci.images import Tools, scratch_place
 from tests.oci.images import run as tool
+from tests.oci.test_apply_evil import _CUT as CUT
+from tests.oci.test_apply_evil import END
+from tests.oci.test_apply_evil import EVIL as EVIL_LAYERS
 from tests.oci.test_flatten import Layer, _settings, _stack, flat, made_up_time, sensible
 from tests.oci.test_interop import rich_tree
 from tests.oci.test_live import run
@@ -221,6 +224,14 @@ def test_evil_archives_leave_nothing(place: Path, name: str, piped: bool) -> Non
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done
     assert done.stderr.startswith(b"layerfs import: standard input: " if piped else b"layerfs import: /")
     assert (sorted(os.walk(place)), (place / "l/index.json").read_bytes()) == (before, index)
+
+
+def test_evil_layers_are_refused_as_by_apply() -> None:
+    """The table of test_apply_evil.py, but for what needs something below."""
+    for what, (raw, says) in EVIL_LAYERS.items():
+        if "below" not in what and what not in ("hard link to a directory", "through a symlink to inside"):
+            with pytest.raises(TarError, match=f"{says}|is a whiteout|is not there"):
+                imported(raw + (b"" if what in CUT else END))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ rules of names are test_flatten.py's."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import subprocess
@@ -24,6 +25,8 @@ from layerfs.oci.spool import Spool
 from layerfs.oci.streams import COMPRESSIONS, LayerSink
 from layerfs.oci.tarwriter import TarWriter
 from tests.oci import members as m
+from tests.oci.test_apply_evil import _CUT as CUT
+from tests.oci.test_apply_evil import END, EVIL
 from tests.oci.test_flatten import flat, made_up_time
 from tests.support.mounts import mount, umount
 
@@ -157,6 +160,28 @@ def test_bad_layers_are_named(tmp_path: Path, spools: Path, raw: bytes, message:
     with pytest.raises(TarError, match=rf"^layer {number} of 2: .*({message})"):
         join(paths)
     assert os.listdir(spools) == []
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip"])
+@pytest.mark.parametrize("what", EVIL)
+def test_evil_layers_are_refused_as_by_apply(
+    tmp_path: Path, spools: Path, what: str, compression: str
+) -> None:
+    """As by apply: its table, over the layer that it has below. Nothing is written of what was refused."""
+    raw, says = EVIL[what]
+    below = [m.directory(b"d"), m.file(b"d/file"), m.link(b"out", b"../outside"), m.link(b"in", b"d")]
+    paths = write(tmp_path, [below, below], ["none", "none"])
+    raw += b"" if what in CUT else END
+    paths[1].write_bytes(gzip.compress(raw) if compression == "gzip" else raw)
+    out = tmp_path / "out"
+    with (
+        open(out, "wb") as file,
+        LayerSink(file.fileno()) as sink,
+        pytest.raises(TarError, match=says) as caught,
+    ):
+        join_layers([TarFile(str(path)) for path in paths], sink, whole=True)
+    assert str(caught.value).startswith("layer 2 of 2: ") and "\n" not in str(caught.value)
+    assert out.stat().st_size == 0 and os.listdir(spools) == []
 
 
 def test_no_descriptor_is_left(tmp_path: Path, spools: Path) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ from tests.oci import images
 from tests.oci import members as m
 from tests.oci.images import Tools, manifest_of, scratch_place
 from tests.oci.test_flatten import Layer, _settings, _stack, flat, made_up_time, sensible
+from tests.oci.test_images_evil import EVIL as EVIL_IMAGES
+from tests.oci.test_images_evil import LAYER, TAKEN
 from tests.oci.test_live import run
 from tests.support.mounts import layerfs_command
 from tests.support.tree import assert_equal, snapshot
@@ -260,10 +263,57 @@ def test_a_hard_link_that_cannot_be_kept(place: Path) -> None:
     assert exported(open_image(f"{place}/l:b"), place / "x") == m.tar_bytes([m.file(b"n", b"1")])
 
 
+@pytest.mark.parametrize("name", [name for name in EVIL_IMAGES if name not in TAKEN])
+def test_no_evil_image_is_squashed_or_exported(place: Path, name: str) -> None:
+    damage, message = EVIL_IMAGES[name]
+    layout = place / "evil-1/l"  # the table knows its place by this name
+    layout.parent.mkdir()
+    images.make_image(layout, layers=[LAYER])
+    damage(layout)
+    make_image(place / "target", "t", _LAYERS[:1])
+    before = (place / "target/index.json").read_bytes()
+    with pytest.raises(LayerError) as refused:
+        squash(str(place / "target"), "t", open_image(f"{layout}:t"), 0, ImageOptions("x"), LayerSink)
+    assert message in str(refused.value) and len(str(refused.value).splitlines()) == 1
+    assert (place / "target/index.json").read_bytes() == before
+    assert len(os.listdir(place / "target/blobs/sha256")) == 3
+
+
 def test_too_many_layers_to_count(place: Path) -> None:
     image = make_image(place / "l", "a", _LAYERS)
     with pytest.raises(UsageError, match="has 3 layers"):
         squash(str(place / "l"), "b", image, 3, ImageOptions("x"), LayerSink)
+
+
+def as_nobody(work: Callable[[], None]) -> None:
+    """Runs `work` in a process of an ordinary user, who may read what there is (the interpreter itself may be
+    out of his reach)."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@root
+def test_owners_and_devices_need_no_privilege(place: Path) -> None:
+    image = make_image(place / "l", "t", _RICH, compression="gzip")
+    expected = exported(image, place / "by root")
+    mine = place / "mine"
+    mine.mkdir()
+    os.chown(mine, 65534, 65534)
+    place.chmod(0o755)
+    as_nobody(lambda: squash(str(mine / "l"), "t", image, 1, ImageOptions("x"), LayerSink) and None)
+    as_nobody(lambda: exported(open_image(f"{mine}/l:t"), mine / "by nobody") and None)
+    assert (mine / "by nobody").read_bytes() == expected
 
 
 # --- against others ---
