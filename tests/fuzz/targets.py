@@ -6,6 +6,7 @@ A new target is a function, some seeds, and a line in TARGETS."""
 from __future__ import annotations
 
 import gzip
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def _documents() -> list[bytes]:
     blob = {"mediaType": MEDIA_TYPES["gzip"], "digest": digest, "size": 5, "urls": [], "annotations": None}
     config = {**blob, "mediaType": CONFIG}
     platform = {"os": "linux", "architecture": "arm", "variant": "v7"}
-    execution = {
+    execution: dict[str, object] = {
         "Env": ["A=b"],
         "Cmd": None,
         "Entrypoint": [],
@@ -131,16 +132,16 @@ def _documents() -> list[bytes]:
     return [
         encode({"schemaVersion": 2, "manifests": [{**blob, "mediaType": MANIFEST, "platform": platform}]}),
         encode({"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [blob]}),
-        encode(
+        json.dumps(  # with escapes
             {
                 "architecture": "arm",
                 "os": "linux",
                 "config": execution,
                 "rootfs": {"type": "layers", "diff_ids": [digest]},
-                "history": [{"created_by": "x", "comment": "\ud83d\ude00", "empty_layer": True}, {}],
+                "history": [{"created_by": "x", "comment": "\U0001f600", "empty_layer": True}, {}],
                 "unknown": [1.5e300, -7, {"deep": [[[]]]}],
             }
-        ),
+        ).encode(),
     ]
 
 
