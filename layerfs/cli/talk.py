@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -48,6 +49,9 @@ def run(program: str, work: Callable[[], int | None]) -> int:
     """Run `work`, turn what it raises into one line and an exit code, and make sure that the output got
     out.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # names, and what images say, may hold what this terminal's encoding has not got
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = work() or 0
         if sys.stdout is not None:

@@ -329,7 +329,7 @@ def test_a_commit_leaves_the_right_images_alone(place: Path) -> None:
     assert json.loads(layerfs("inspect", "--json", f"{layout}:new"))["config"]["history"][-1]["created_by"]
 
 
-def test_inspect_and_history(place: Path) -> None:
+def test_inspect_and_history(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = place / "l"
     make_image(
         layout, "base", [BASE_LAYER], config={"Env": ["A=\x1b[31mred\nline"], "Cmd": ["ü"]}, author="\x07bell"
@@ -354,6 +354,8 @@ def test_inspect_and_history(place: Path) -> None:
     assert '["ü"]' in text
     lines = layerfs("history", f"{layout}:t").splitlines()
     assert len(lines) == 4 and "the message" in lines[2] and " - " in lines[1]
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert '["\\xfc"]' in layerfs("inspect", f"{layout}:t")
     layerfs("inspect", f"{layout}:none", code=1)
     layerfs("history", f"{layout}:none", code=1)
 
