@@ -26,11 +26,11 @@ from layerfs.oci.beneath import ROOT, in_the_way, is_behind_link, names_in, remo
 from layerfs.oci.building import Applied, Builder
 from layerfs.oci.making import Parent, clean_acls
 from layerfs.oci.member import Kind, Member, display, join, made_up_time, split
-from layerfs.oci.plan import Plan, check_names
+from layerfs.oci.plan import Plan
 from layerfs.oci.streams import LayerSource
 from layerfs.oci.tarreader import TarReader
 
-__all__ = ["Applied", "apply_layer", "check_layer", "check_names"]
+__all__ = ["Applied", "apply_layer", "check_layer"]
 
 
 def apply_layer(fd: int, target: str) -> Applied:
