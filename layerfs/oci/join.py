@@ -120,6 +120,7 @@ def join_layers(
                 _read(layer, tree, tally, notes, progress, spool)
             except LayerError as error:
                 raise type(error)(f"layer {number} of {len(layers)}: {error}", error.errno) from None
+        spool.finish()
 
         def tree_below() -> FlatTree:
             lower = FlatTree(Tally(), whole=True)

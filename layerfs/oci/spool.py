@@ -19,17 +19,25 @@ from layerfs.oci.packed import Place
 
 _CHUNK = 256 << 10
 _ZEROS = bytes(_CHUNK)
+#: A file that begins so near behind the last one (a header or two) is read together with those behind it.
+_NEAR = 4 << 10
 
 
 class Spool:
-    """The data of layers, by `Place`: `begin_layer` for each of them, then `keep` for what must be copied. A
-    context manager."""
+    """The data of layers, by `Place`: `begin_layer` for each of them, then `keep` for what must be copied;
+    `finish`, and then `read`. A context manager."""
 
     def __init__(self) -> None:
         self._file: OwnedFd | None = None
+        #: size of the file, with what is pending
         self._end = 0
+        #: the file's last bytes, not written yet: most files are small
+        self._pending = bytearray()
         #: of each layer: its own descriptor when its data stay where they are
         self._layers: list[OwnedFd | None] = []
+        #: what was read last: from which file, from where on, and where the file that it was for ended
+        self._window: tuple[OwnedFd | None, int, bytes] = (None, 0, b"")
+        self._last = 0
 
     def __enter__(self) -> Spool:
         return self
@@ -41,6 +49,8 @@ class Spool:
             if fd is not None:
                 fd.close()
 
+    # --- in ---
+
     def begin_layer(self, fd: OwnedFd | None) -> None:
         """`fd`: a file in which the offsets of this layer's places are; None: `keep` gives them."""
         self._layers.append(fd)
@@ -48,41 +58,65 @@ class Spool:
     def keep(self, read: Callable[[int], bytes]) -> int:
         """Copies what `read` gives up to its end; returns the offset for a place in this layer. Raises
         LayerError when there is no room."""
-        start = self._end
         if self._file is None:
             self._file = _temporary()
+        start = self._end
         while data := read(_CHUNK):
             # Archives hold sparse files plainly, and bombs are mostly zeros.
-            if data != _ZEROS[: len(data)]:
-                self._write(self._file.fd, data)
+            if data == _ZEROS:
+                self._flush()
+            else:
+                self._pending += data
             self._end += len(data)
+            if len(self._pending) >= _CHUNK:
+                self._flush()
         return start
 
-    def _write(self, fd: int, data: bytes) -> None:
-        view, at = memoryview(data), self._end
+    def _flush(self) -> None:
+        assert self._file is not None
+        view, at = memoryview(self._pending), self._end - len(self._pending)
         try:
             while view:
-                written = os.pwrite(fd, view, at)
+                written = os.pwrite(self._file.fd, view, at)
                 view, at = view[written:], at + written
         except OSError as error:
             raise _no_room(error) from error
+        self._pending = bytearray()
+
+    def finish(self) -> None:
+        """All is there. Raises LayerError."""
+        if self._pending:
+            self._flush()
+        if self._file is not None:
+            os.ftruncate(self._file.fd, self._end)  # it may end in a hole
+
+    # --- out ---
 
     def read(self, place: Place, size: int, name: bytes) -> Iterator[bytes]:
         """The `size` bytes at `place`. Raises LayerError when they are not there any more."""
         fd = self._layers[place.layer] or self._file
         assert fd is not None
+        near = 0 <= place.offset - self._last <= _NEAR
         at, end = place.offset, place.offset + size
+        self._last = end
         while at < end:
+            data = self._read_at(fd, at, end, near, name)
+            at += len(data)
+            yield data
+
+    def _read_at(self, fd: OwnedFd, at: int, end: int, near: bool, name: bytes) -> bytes:
+        """Some of the bytes from `at` to `end`."""
+        held, start, data = self._window
+        if held is not fd or not start <= at < start + len(data):
             try:
-                data = os.pread(fd.fd, min(_CHUNK, end - at), at)
+                data = os.pread(fd.fd, _CHUNK if near else min(_CHUNK, end - at), at)
             except OSError as error:
                 raise LayerError(f"{display(name)}: {error.strerror}", error.errno) from error
             if not data:
-                if fd is not self._file:
-                    raise LayerError(f"{display(name)}: its layer became shorter while it was read")
-                data = _ZEROS[: end - at]  # the spool may end in a hole
-            at += len(data)
-            yield data
+                raise LayerError(f"{display(name)}: its layer became shorter while it was read")
+            start = at
+            self._window = (fd, start, data)
+        return data[at - start : end - start]
 
 
 def _directory() -> str:
