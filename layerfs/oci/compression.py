@@ -61,9 +61,9 @@ class Encoder(Protocol):
     #: How many jobs may run at once; with 1 they must run in order.
     threads: int
 
-    def job(self, block: memoryview) -> Callable[[], bytes | memoryview]:
+    def job(self, block: memoryview) -> Callable[[], bytes]:
         """The work for the next block, for any thread; called in the order of the blocks. The block must stay
-        as it is until the work is done, and until its result was written."""
+        as it is until the work is done."""
         ...
 
     def sum(self, block: memoryview) -> None:
@@ -75,26 +75,14 @@ class Encoder(Protocol):
         ...
 
 
-def make_encoder(compression: str, level: int | None = None) -> Encoder:
-    """Raises UsageError for a level that does not exist, KeyError for a compression that does not."""
+def make_encoder(compression: str, level: int | None = None) -> Encoder | None:
+    """None for a tar that stays as it is. Raises UsageError for a level that does not exist, KeyError for a
+    compression that does not."""
     check_level(compression, level)
     if compression == "none":
-        return _Plain()
+        return None
     encoders: dict[str, Callable[[int], Encoder]] = {"gzip": _Gzip, "zstd": _Zstd}
     return encoders[compression](DEFAULT_LEVELS[compression] if level is None else level)
-
-
-class _Plain:
-    threads = 1
-
-    def job(self, block: memoryview) -> Callable[[], bytes | memoryview]:
-        return lambda: block
-
-    def sum(self, block: memoryview) -> None:
-        pass
-
-    def finish(self) -> bytes:
-        return b""
 
 
 class _Gzip:
@@ -110,7 +98,7 @@ class _Gzip:
         self._before = b""
         self._header = _GZIP_HEADER
 
-    def job(self, block: memoryview) -> Callable[[], bytes | memoryview]:
+    def job(self, block: memoryview) -> Callable[[], bytes]:
         header, self._header = self._header, b""
         before, self._before = self._before, bytes(block[-_WINDOW:])
 
@@ -140,7 +128,7 @@ class _Zstd:
         compressor = zstandard.ZstdCompressor(level, threads=_cpus(), write_checksum=True)
         self._stream = compressor.compressobj()
 
-    def job(self, block: memoryview) -> Callable[[], bytes | memoryview]:
+    def job(self, block: memoryview) -> Callable[[], bytes]:
         return lambda: self._stream.compress(block)
 
     def sum(self, block: memoryview) -> None:

@@ -4,10 +4,11 @@ reads through a function.
 Limits, so that a small blob cannot take the machine:
 
 * A piece has at most PIECE bytes, whatever went in. Nothing else is held in memory but the window.
-* MAX_WINDOW of memory for a zstd window: what `zstd -d` and the image tools take without being told. gzip's
-  is 32 KiB.
-* MAX_EXPANSION: a compressed layer may not give more than FREE_EXPANSION bytes of data (pieces that are all
-  zeros do not count: unpacked they become holes) that are more than MAX_RATIO times what was read for them.
+* A zstd window has at most MAX_WINDOW bytes: what `zstd -d` and the image tools take without being told.
+  gzip's has 32 KiB.
+* A stream that has given more than FREE_EXPANSION bytes of data, and more than MAX_RATIO times what was read
+  for them, is refused. Pieces that are all zeros do not count: unpacked they become holes, and layers hold
+  sparse files plainly, so zeros without end are honest.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from layerfs.errors import TarError
 
 #: Most bytes of one piece.
 PIECE = 1 << 20
-#: Bytes of raw input that a decoder may expect from one call.
-RAW = 128 << 10
 MAX_WINDOW = 128 << 20
 FREE_EXPANSION = 4 << 30
 MAX_RATIO = 200
@@ -30,6 +29,8 @@ _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _OTHER_MAGIC = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 #: Length of the longest magic number here.
 MAGIC = 6
+#: Most bytes of a zstd block, as it is and decompressed.
+_BLOCK = 128 << 10
 _ZEROS = bytes(PIECE)
 #: zlib's wbits for gzip with the window it can have.
 _GZIP_WBITS = 31
@@ -125,7 +126,6 @@ class _Zstd:
     128 KiB (RFC 8878, 3.1.1.2.4), which bounds a piece. The binding has no other way to say "no more"."""
 
     name = "zstd"
-    _BLOCK = 128 << 10
 
     def __init__(self, read: Callable[[], bytes]) -> None:
         import zstandard
@@ -178,11 +178,11 @@ class _Zstd:
     def _blocks(self) -> bytes:
         """The next blocks of the frame, its checksum after the last one."""
         raw: list[bytes] = []
-        for _ in range(PIECE // self._BLOCK):
+        for _ in range(PIECE // _BLOCK):
             header = self._take(3)
             bits = int.from_bytes(header, "little")
             size = 1 if bits >> 1 & 3 == 1 else bits >> 3  # one byte that is repeated
-            if size > self._BLOCK:
+            if size > _BLOCK:
                 raise TarError("the layer's zstd stream is damaged: a block is larger than blocks may be")
             raw += header, self._take(size)
             if bits & 1:
@@ -209,7 +209,7 @@ class _Zstd:
 
     def _skip(self, size: int) -> None:
         while size:
-            size -= len(self._take(min(size, RAW)))
+            size -= len(self._take(min(size, _BLOCK)))
 
 
 def _is_skippable(magic: bytes) -> bool:

@@ -9,20 +9,19 @@ Threads end with the stream: use both classes in a `with`, or close them.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import select
-import stat
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerfs.ids import DiffId, Digest
 from layerfs.oci.compression import BLOCK_SIZE, COMPRESSIONS, MEDIA_TYPES, check_level, make_encoder
-from layerfs.oci.decompression import MAGIC, PIECE, RAW, Decoder, Expansion, make_decoder
+from layerfs.oci.decompression import MAGIC, PIECE, Decoder, Expansion, make_decoder
+from layerfs.oci.rawio import RawInput, RawOutput
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 __all__ = ["COMPRESSIONS", "MEDIA_TYPES", "LayerSink", "LayerSource", "Written", "check_level"]
 
@@ -30,8 +29,6 @@ __all__ = ["COMPRESSIONS", "MEDIA_TYPES", "LayerSink", "LayerSource", "Written",
 _MORE_BUFFERS = 3
 #: Pieces that are decompressed before somebody asks for them.
 _AHEAD = 3
-#: Milliseconds after which a thread that waits for a pipe looks whether its stream was closed.
-_PATIENCE = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,28 +57,30 @@ class _Block:
         self.busy.clear()
 
 
+def _new_block() -> _Block:
+    return _Block(memoryview(bytearray(BLOCK_SIZE)))
+
+
 class LayerSink:
     """Where a layer's tar goes: hashed, compressed, hashed again and written to a descriptor, in one pass.
 
     The caller fills one block while others are hashed, compressed and written behind it. What goes wrong
-    there (ENOSPC, EPIPE, EIO) is raised as the OSError it was by a later `write`, `copy_from` or `finish`.
+    there (ENOSPC, EPIPE, EIO) is raised as the OSError it was by a later `write` or by `finish`.
     `close` (or leaving the `with`) drops what is not written and waits for the threads; `fd` stays open and
     is not synced."""
 
     def __init__(self, fd: int, compression: str = "none", level: int | None = None) -> None:
         self._encoder = make_encoder(compression, level)
-        self._output = _Output(fd, hashed=compression != "none")
+        self._output = RawOutput(fd, hashed=compression != "none")
         self._compression = compression
         self._tar_hash = hashlib.sha256()
         self._tar_size = 0
         self._hasher = _threads(1, "hash")
-        self._encoders = _threads(self._encoder.threads, "compress")
+        encoders = self._encoder.threads if self._encoder is not None else 1
+        self._encoders = _threads(encoders, "compress")
         self._writer = _threads(1, "write")
-        free = [
-            _Block(memoryview(bytearray(BLOCK_SIZE))) for _ in range(self._encoder.threads + _MORE_BUFFERS)
-        ]
         #: The least recently used one first. All but `_block` may be busy.
-        self._blocks = deque(free)
+        self._blocks = deque(_new_block() for _ in range(encoders + _MORE_BUFFERS))
         self._block = self._blocks.popleft()
         self._used = 0
 
@@ -94,8 +93,7 @@ class LayerSink:
         self.close()
 
     def write(self, data: bytes) -> None:
-        size = len(data)
-        end = self._used + size
+        end = self._used + len(data)
         if end < BLOCK_SIZE:
             self._block.buffer[self._used : end] = data
             self._used = end
@@ -103,42 +101,35 @@ class LayerSink:
         rest = memoryview(data)
         while rest:
             piece = rest[: BLOCK_SIZE - self._used]
-            self._block.buffer[self._used : self._used + len(piece)] = piece
-            self._filled(len(piece))
+            end = self._used + len(piece)
+            self._block.buffer[self._used : end] = piece
+            self._used = end
+            if end == BLOCK_SIZE:
+                self._pass_on()
             rest = rest[len(piece) :]
-
-    def copy_from(self, fd: int, size: int) -> int:
-        """Appends the first `size` bytes of an open file; returns how many there were. Raises OSError as read
-        does."""
-        done = 0
-        while done < size:
-            room = self._block.buffer[self._used : self._used + size - done]
-            count = os.preadv(fd, [room], done)
-            if not count:
-                break
-            self._filled(count)
-            done += count
-        return done
-
-    def _filled(self, count: int) -> None:
-        self._used += count
-        if self._used == BLOCK_SIZE:
-            self._pass_on()
 
     def _pass_on(self) -> None:
         """Gives the block to the threads, and waits for the next free one."""
         block, data = self._block, self._block.buffer[: self._used]
         self._tar_size += self._used
-        hashed = self._hasher.submit(self._sum, data)
-        encoded = self._encoders.submit(self._encoder.job(data))
-        block.busy = [hashed, encoded, self._writer.submit(self._output.write_result, encoded)]
+        block.busy.append(self._hasher.submit(self._sum, data))
+        if self._encoder is None:
+            block.busy.append(self._writer.submit(self._output.write, data))
+        else:
+            encoded = self._encoders.submit(self._encoder.job(data))
+            block.busy.append(encoded)
+            block.busy.append(self._writer.submit(self._write_result, encoded))
         self._blocks.append(block)
         self._block, self._used = self._blocks.popleft(), 0
         self._block.wait()
 
     def _sum(self, data: memoryview) -> None:
         self._tar_hash.update(data)
-        self._encoder.sum(data)
+        if self._encoder is not None:
+            self._encoder.sum(data)
+
+    def _write_result(self, encoded: Future[bytes]) -> None:
+        self._output.write(encoded.result())
 
     def finish(self) -> Written:
         """Writes what is left, ends the threads and says what it was."""
@@ -146,7 +137,8 @@ class LayerSink:
             self._pass_on()
         for block in self._blocks:
             block.wait()
-        self._output.write(self._encoder.finish())
+        if self._encoder is not None:
+            self._output.write(self._encoder.finish())
         self.close()
         diff_id = DiffId("sha256:" + self._tar_hash.hexdigest())
         blob_hash = self._output.hash
@@ -168,48 +160,6 @@ class LayerSink:
             self._output.close()
 
 
-class _Output:
-    """Writes a blob to a descriptor of its own, so that a thread that is late never meets a number that was
-    closed and given to another file."""
-
-    def __init__(self, fd: int, *, hashed: bool) -> None:
-        self._fd = os.dup(fd)
-        self._nowait = not stat.S_ISREG(os.fstat(fd).st_mode)
-        self.hash = hashlib.sha256() if hashed else None
-        self.size = 0
-        self.closed = False
-
-    def write_result(self, encoded: Future[bytes | memoryview]) -> None:
-        self.write(encoded.result())
-
-    def write(self, data: bytes | memoryview) -> None:
-        if self.hash is not None:
-            self.hash.update(data)
-        self.size += len(data)
-        view = memoryview(data)
-        while view and not self.closed:
-            view = view[self._write_some(view) :]
-
-    def _write_some(self, view: memoryview) -> int:
-        """Does not block for long: a write to a pipe that nobody reads could not be called off."""
-        try:
-            if self._nowait:
-                return os.pwritev(self._fd, [view], -1, os.RWF_NOWAIT)
-            return os.write(self._fd, view)
-        except BlockingIOError:
-            _ready(self._fd, select.POLLOUT)
-        except OSError as error:
-            if not self._nowait or error.errno not in (errno.EOPNOTSUPP, errno.ESPIPE, errno.EINVAL):
-                raise
-            self._nowait = False
-        return 0
-
-    def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-
 class LayerSource:
     """A layer tarball opened for reading, decompressed as its first bytes say (its name says nothing).
 
@@ -218,9 +168,9 @@ class LayerSource:
     beyond the limits of `decompression`, OSError as read does."""
 
     def __init__(self, fd: int, *, size: int | None = None, digests: bool = False) -> None:
-        self._input = _Input(fd, size, hashed=digests)
+        self._input = RawInput(fd, size, hashed=digests)
         try:
-            self._decoder = make_decoder(self._input.head(), self._input.read)
+            self._decoder = make_decoder(self._input.head(MAGIC), self._input.read)
         except BaseException:
             self._input.close()
             raise
@@ -321,74 +271,10 @@ class LayerSource:
         return DiffId("sha256:" + digest.hexdigest())
 
 
-class _Input:
-    """Raw bytes of a descriptor, from its position on, at most `limit`. Reads through a descriptor of its
-    own, which is not given to another file while a thread still reads."""
-
-    def __init__(self, fd: int, limit: int | None, *, hashed: bool) -> None:
-        self._fd = os.dup(fd)
-        st = os.fstat(fd)
-        self.seekable = stat.S_ISREG(st.st_mode)
-        self._file_size = st.st_size
-        self._left = limit
-        self._head = b""
-        self.hash = hashlib.sha256() if hashed else None
-        self.taken = 0
-        self.closed = False
-
-    def head(self) -> bytes:
-        """The first bytes, which `read` gives again."""
-        while len(self._head) < MAGIC and (more := self._read(RAW)):
-            self._head += more
-        return self._head
-
-    def read(self, size: int = RAW) -> bytes:
-        """The next raw bytes, about `size` of them; b"" at the end."""
-        data, self._head = self._head or self._read(size), b""
-        self.taken += len(data)
-        if self.hash is not None:
-            self.hash.update(data)
-        return data
-
-    def _read(self, size: int) -> bytes:
-        if self._left is not None:
-            size = min(size, self._left)
-        data = b""
-        if size and (self.seekable or self._wait()):
-            data = os.read(self._fd, size)
-        if self._left is not None:
-            self._left -= len(data)
-        return data
-
-    def _wait(self) -> bool:
-        """Until there is something to read; False when nobody wants it any more."""
-        while not self.closed:
-            if _ready(self._fd, select.POLLIN):
-                return True
-        return False
-
-    def skip(self, size: int) -> bool:
-        """Passes over `size` bytes of a regular file; False when there are fewer."""
-        here = min(size, len(self._head))
-        self._head = self._head[here:]
-        rest = size - here
-        if self._left is not None:
-            if rest > self._left:
-                return False
-            self._left -= rest
-        self.taken += size
-        return not rest or os.lseek(self._fd, rest, os.SEEK_CUR) <= self._file_size
-
-    def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-
 class _Pieces:
     """Pieces of a tar, made and hashed in threads a few ahead of who reads them."""
 
-    def __init__(self, raw: _Input, decoder: Decoder | None, *, hashed: bool) -> None:
+    def __init__(self, raw: RawInput, decoder: Decoder | None, *, hashed: bool) -> None:
         self._raw = raw
         self._decoder = decoder
         self._expansion = Expansion()
@@ -436,11 +322,7 @@ class _Pieces:
 
 
 def _threads(count: int, what: str) -> ThreadPoolExecutor:
+    # Takes longer to import than all else here, and who only looks at an image starts no thread.
+    from concurrent.futures import ThreadPoolExecutor
+
     return ThreadPoolExecutor(count, thread_name_prefix=f"layerfs-{what}")
-
-
-def _ready(fd: int, events: int) -> bool:
-    """Whether a pipe or the like can be read or written, after waiting a moment for it."""
-    poll = select.poll()
-    poll.register(fd, events)
-    return bool(poll.poll(_PATIENCE))

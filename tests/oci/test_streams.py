@@ -90,7 +90,7 @@ def no_thread_stays() -> Iterator[None]:
 # --- writing ---
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     st.one_of(st.binary(max_size=3000), st.integers(0, 3 << 20).map(text)),
     st.sampled_from(COMPRESSIONS),
@@ -396,7 +396,7 @@ def test_what_is_cut_anywhere_is_truncated(compression: str) -> None:
             read(blob[:cut])
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(["gzip", "zstd"]), st.data())
 def test_damage_is_never_read_as_data(compression: str, draw: st.DataObject) -> None:
     data = text(3000)
@@ -440,7 +440,7 @@ def test_a_layer_inside_another_file(compression: str, digests: bool) -> None:
 @given(
     st.sampled_from(COMPRESSIONS), st.lists(st.tuples(st.booleans(), st.integers(0, 900_000)), max_size=12)
 )
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_skipping_and_reading_agree(compression: str, steps: list[tuple[bool, int]]) -> None:
     data = text(2_500_000)
     blob = write(data, compression)[0]

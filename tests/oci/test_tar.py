@@ -15,7 +15,7 @@ import tarfile
 import zlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerfs.errors import TarError
@@ -26,6 +26,7 @@ from layerfs.oci.tarwriter import encode_header, format_time, xattr_keyword, xat
 from tests.oci import members as m
 
 
+@settings(deadline=None)
 @given(st.lists(m.members(), max_size=6), st.sampled_from(COMPRESSIONS))
 def test_read_gives_what_was_written(entries: list[tuple[Member, bytes]], compression: str) -> None:
     raw = m.tar_bytes(entries, compression)
@@ -276,6 +277,7 @@ def test_damaged_archives_are_refused_in_one_line(raw: bytes, says: str) -> None
     assert "\n" not in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=3000))
 def test_noise_is_refused_or_read(noise: bytes) -> None:
     try:
@@ -284,6 +286,7 @@ def test_noise_is_refused_or_read(noise: bytes) -> None:
         pass
 
 
+@settings(deadline=None)
 @given(st.lists(m.members(), min_size=1, max_size=3), st.data())
 def test_damage_anywhere_is_refused_or_read(entries: list[tuple[Member, bytes]], data: st.DataObject) -> None:
     raw = bytearray(m.tar_bytes(entries))
