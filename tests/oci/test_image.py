@@ -134,22 +134,14 @@ def test_every_type_of_layer_is_taken(media_type: str) -> None:
 
 
 _VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=("Cs",))),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
 )
 
 
-@given(st.dictionaries(st.text(st.characters(exclude_categories=("Cs",))), _VALUES))
+@given(st.dictionaries(st.text(), _VALUES))
 def test_json_comes_back_as_it_was(document: dict[str, Any]) -> None:
-    try:
-        data = encode(document)
-    except UnicodeEncodeError:
-        return
-    assert parse(data, "it", 1 << 20) == document
+    assert parse(encode(document), "it", 1 << 20) == document
     assert parse(json.dumps(document).encode(), "it", 1 << 20) == document
 
 
