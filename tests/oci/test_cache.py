@@ -4,6 +4,7 @@ are worth to kernel overlayfs."""
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from layerfs.oci.image import Image
 from layerfs.oci.ownership import ownership_form
 from layerfs.oci.progress import Silent
 from layerfs.oci.references import open_image
+from layerfs.oci.tarreader import TarReader
 from tests.oci import members as m
 from tests.oci.images import make_image, scratch_place
 from tests.oci.test_apply_evil import EVIL
@@ -272,6 +274,26 @@ def test_full_disk(place: Path) -> None:
 
         gc.collect()
         umount(place / "cache")
+
+
+@pytest.mark.parametrize("where", ["reading", "syncing", "renaming"])
+def test_input_output_error(place: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **more: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    found = image(place, BELOW)
+    with monkeypatch.context() as patch:
+        if where == "reading":
+            patch.setattr(TarReader, "read", fail)
+        elif where == "syncing":
+            patch.setattr(store_module, "syncfs", fail)
+        else:
+            patch.setattr(os, "rename", fail)
+        with pytest.raises(LayerError, match="Input/output error") as caught:
+            open_cache(place).layer_directories(found)
+        assert caught.value.errno == errno.EIO and "\n" not in str(caught.value)
+    assert entries(place) == []
+    assert len(open_cache(place).layer_directories(found)) == 1
 
 
 # --- owners ---

@@ -19,7 +19,7 @@ from layerfs.oci.apply import apply_layer
 from layerfs.oci.member import Kind, Member
 from layerfs.oci.streams import LayerSource
 from layerfs.oci.supplement import describe, make_supplement
-from layerfs.oci.unpack import Leaning, Unpacked, unpack_layer
+from layerfs.oci.unpack import Leaning, Marks, Unpacked, unpack_layer
 from layerfs.overlay.names import TRUSTED, XattrNames
 from layerfs.stack import LowerDir, lower_directories, merge_directory
 from layerfs.stack import Stack as Layers
@@ -262,6 +262,31 @@ def test_refused_as_apply_refuses(place: Path, below: Layer, layer: Layer) -> No
 def test_opaque_root_ends_the_stack(place: Path) -> None:
     directories = check_law(place, [[m.file(b"a")], [m.file(b"b"), m.file(b".wh..wh..opq")], [m.file(b"c")]])
     assert set(merged(directories)) == {b".", b"b", b"c"}
+
+
+@pytest.mark.parametrize("marks", [Marks(False, None), Marks(True, "user.overlay.opaque")])
+def test_every_form_of_marks(place: Path, marks: Marks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are written where the better ones are not to be had."""
+    monkeypatch.setattr(Marks, "probe", lambda directory: marks)
+    below: Layer = [
+        m.file(b"d/a"),
+        m.file(b"d/b"),
+        m.file(b"o/a"),
+        m.directory(b"e", mode=0o700),
+        m.file(b"e/a"),
+    ]
+    layer: Layer = [
+        m.file(b"d/.wh.a"),
+        m.directory(b"o"),
+        m.file(b"o/.wh..wh..opq"),
+        m.file(b"o/b"),
+        m.file(b"e/.wh..wh..opq"),
+    ]
+    directories = check_law(place, [below, layer])
+    tree = merged(directories)
+    assert set(tree) == {b".", b"d", b"d/b", b"o", b"o/b", b"e"}
+    forms = set(os.listdir(place / "layer1/o")) | set(os.listdir(place / "extra1/d"))
+    assert (".wh.a" in forms, ".wh..wh..opq" in forms) == (not marks.device, marks.opaque is None)
 
 
 _names = st.lists(st.sampled_from([b"a", b"b", b"c"]), min_size=1, max_size=3).map(b"/".join)
