@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import zstandard
 
-from layerfs.errors import ImageError, TarError
+from layerfs.errors import ImageError, LayerError, TarError
 from layerfs.oci.image import CONFIG, MANIFEST, parse_config, parse_index, parse_manifest
 from layerfs.oci.member import Kind, Member, plain_path
 from layerfs.oci.streams import MEDIA_TYPES, LayerSource
 from layerfs.oci.strict_json import encode
 from layerfs.oci.tarreader import TarReader
 from tests.oci import members as m
+from tests.oci.test_flatten import flat
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,28 @@ def read_layer(raw: bytes) -> None:
 
 def read_tar(raw: bytes) -> None:
     """As `read_layer`, with checksums put right first: else few of a fuzzer's headers are ever looked at."""
+    read_layer(_with_checksums(raw))
+
+
+def join_layers(raw: bytes) -> None:
+    """The members of a tar, taken for two layers: refused, or one layer that no name is twice in and that
+    stays the same when it is joined again."""
+    members, _ = _read(_with_checksums(raw), digests=False)
+    layers = members[: len(members) // 2], members[len(members) // 2 :]
+    for whole in (True, False):
+        try:
+            one = flat(layers, whole=whole)
+        except LayerError as error:
+            assert "\n" not in str(error) and str(error).isprintable()
+            continue
+        assert len({member.name for member, _ in one}) == len(one)
+        assert not whole or not [member for member, _ in one if b"/.wh." in b"/" + member.name]
+        assert flat([one], whole=whole) == one
+
+
+def _with_checksums(raw: bytes) -> bytes:
     blocks = [raw[at : at + 512] for at in range(0, len(raw), 512)]
-    read_layer(b"".join(_with_checksum(block) if block[257:262] == b"ustar" else block for block in blocks))
+    return b"".join(_with_checksum(block) if block[257:262] == b"ustar" else block for block in blocks)
 
 
 def _with_checksum(block: bytes) -> bytes:
@@ -162,5 +183,6 @@ def read_documents(raw: bytes) -> None:
 TARGETS = {
     "layer": Target(read_layer, _compressed),
     "tar": Target(read_tar, _layers),
+    "join": Target(join_layers, _layers),
     "image": Target(read_documents, _documents),
 }
