@@ -19,9 +19,10 @@ from layerfs.errors import TarError
 from layerfs.fdutil import OwnedFd, at_path, fd_path
 from layerfs.oci.beneath import DIRECTORY, ROOT, behind_link, below_no_directory, open_beneath
 from layerfs.oci.making import OF_THIS_MACHINE, STEERING, ObjectMaker, Parent, clean_acls
+from layerfs.oci.marking import Marks
 from layerfs.oci.member import Kind, Member, display, join, split
 from layerfs.oci.tally import Tally
-from layerfs.oci.unpack import Leaning, Marks
+from layerfs.oci.unpack import Leaning
 from layerfs.overlay.names import TRUSTED, XattrNames
 from layerfs.stack import Entry, LowerDir, Stack, lower_directories, merge_directory
 

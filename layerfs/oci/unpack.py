@@ -30,12 +30,11 @@ from layerfs.ids import DiffId
 from layerfs.oci.beneath import ROOT, behind_link, below_no_directory, remove, subdirectory
 from layerfs.oci.building import Builder, drop_tree
 from layerfs.oci.making import Parent, clean_acls
+from layerfs.oci.marking import Marks
 from layerfs.oci.member import Kind, Member, display, join, split
 from layerfs.oci.progress import Progress
 from layerfs.oci.streams import LayerSource
 from layerfs.oci.tarreader import TarReader
-from layerfs.overlay import whiteout
-from layerfs.overlay.names import TRUSTED, USER, XattrNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,52 +108,6 @@ class _Told(TarReader):
             self._progress.advance(now - self._told)
             self._told = now
         return super().read(size)
-
-
-@dataclass(slots=True)
-class Marks:
-    """How whiteouts and opaque marks can be written in one place by this user."""
-
-    device: bool
-    #: None: as a file
-    opaque: str | None
-
-    @staticmethod
-    def probe(directory: OwnedFd) -> Marks:
-        """Tries it out in `directory`, and leaves it as it was but for its times. Raises OSError."""
-        name = b".layerfs-probe-" + secrets.token_hex(8).encode()
-        try:
-            os.mknod(name, stat.S_IFCHR | 0o600, 0, dir_fd=directory.fd)
-            os.unlink(name, dir_fd=directory.fd)
-            device = True
-        except PermissionError:
-            device = False
-        for prefix in (TRUSTED, USER):
-            attribute = XattrNames(prefix).opaque
-            try:
-                os.setxattr(directory.fd, attribute, whiteout.OPAQUE)
-                os.removexattr(directory.fd, attribute)
-                return Marks(device, attribute)
-            except OSError:
-                continue
-        return Marks(device, None)
-
-    def hide(self, directory: OwnedFd, name: bytes) -> None:
-        """Writes a whiteout of `name`, which is not there."""
-        if self.device:
-            os.mknod(name, stat.S_IFCHR | 0o600, 0, dir_fd=directory.fd)
-        else:
-            _touch(directory, whiteout.PREFIX + name)
-
-    def make_opaque(self, directory: OwnedFd) -> None:
-        if self.opaque is not None:
-            os.setxattr(directory.fd, self.opaque, whiteout.OPAQUE)
-        else:
-            _touch(directory, whiteout.OPAQUE_NAME)
-
-
-def _touch(directory: OwnedFd, name: bytes) -> None:
-    os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory.fd))
 
 
 @dataclass(slots=True)

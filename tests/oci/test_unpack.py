@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from layerfs.errors import TarError
 from layerfs.oci.apply import apply_layer
+from layerfs.oci.marking import Marks
 from layerfs.oci.member import Kind, Member
 from layerfs.oci.streams import LayerSource
 from layerfs.oci.supplement import describe, make_supplement
-from layerfs.oci.unpack import Leaning, Marks, Unpacked, unpack_layer
+from layerfs.oci.unpack import Leaning, Unpacked, unpack_layer
 from layerfs.overlay.names import TRUSTED, XattrNames
 from layerfs.stack import LowerDir, lower_directories, merge_directory
 from layerfs.stack import Stack as Layers
