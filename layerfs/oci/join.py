@@ -171,7 +171,7 @@ def _read(
     with layer.open() as opened:
         source = _Counted(opened.source)
         reader = TarReader(source, notes)
-        in_place, start = _in_place(layer, opened) if spool is not None else (None, 0)
+        in_place, start = _in_place(layer, opened) if spool is not None and spool.has_room else (None, 0)
         if spool is not None:
             spool.begin_layer(in_place)
         tree.begin_layer()

@@ -21,6 +21,8 @@ _CHUNK = 256 << 10
 _ZEROS = bytes(_CHUNK)
 #: A file that begins so near behind the last one (a header or two) is read together with those behind it.
 _NEAR = 4 << 10
+#: Layers that stay open: an image may have 1,000, a process often no more than 1,024 descriptors.
+_MAX_OPEN = 256
 
 
 class Spool:
@@ -50,6 +52,11 @@ class Spool:
                 fd.close()
 
     # --- in ---
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more layer may be left where it is."""
+        return sum(fd is not None for fd in self._layers) < _MAX_OPEN
 
     def begin_layer(self, fd: OwnedFd | None) -> None:
         """`fd`: a file in which the offsets of this layer's places are; None: `keep` gives them."""

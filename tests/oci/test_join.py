@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -182,6 +183,20 @@ def test_evil_layers_are_refused_as_by_apply(
         join_layers([TarFile(str(path)) for path in paths], sink, whole=True)
     assert str(caught.value).startswith("layer 2 of 2: ") and "\n" not in str(caught.value)
     assert out.stat().st_size == 0 and os.listdir(spools) == []
+
+
+def test_more_layers_than_descriptors(tmp_path: Path, spools: Path) -> None:
+    layers = [
+        [m.file(b"%04d" % number, b"%d" % number), m.file(b"last", b"%d" % number)] for number in range(600)
+    ]
+    paths = write(tmp_path, layers, ["none"] * len(layers))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))
+    try:
+        found, _ = join(paths)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found == [*(layer[0] for layer in layers), layers[-1][1]]
 
 
 def test_no_descriptor_is_left(tmp_path: Path, spools: Path) -> None:
