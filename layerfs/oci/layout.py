@@ -12,7 +12,8 @@ Order of writes: a blob is written to a temporary file, synced, renamed to its n
 synced; what names it comes later, and index.json last, by one rename under flock(2) of the layout's
 directory, read again inside the lock. That rename is the commit point: a crash before it leaves the old
 images and blobs that nobody names. Temporary files of killed writers are removed by the next writer: they are
-made and locked under the lock of the directory, so one that is not locked has no writer any more.
+made and locked under the lock of the directory, so one that is not locked has no writer any more. (umoci,
+skopeo and buildah do not lock: when one of them writes an index in the same moment, a tag may be lost.)
 
 Nothing in a layout is followed: symbolic links, in place of a blob or on the way to it, are refused. They
 lead elsewhere, and a layout that somebody hands us would make us read there.
@@ -45,7 +46,7 @@ from layerfs.oci.image import (
     parse_index,
 )
 from layerfs.oci.member import display
-from layerfs.oci.resolve import REF_NAME, find
+from layerfs.oci.resolve import REF_NAME
 from layerfs.oci.strict_json import encode, parse_object
 
 _MARK = b"oci-layout"
@@ -129,6 +130,7 @@ class Layout:
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path)
+                _sync_directory(os.path.dirname(path.rstrip("/")) or ".")
             layout = cls(path, OwnedFd(os.open(path, _DIRECTORY)))
         except OSError as error:
             raise UsageError(f"{shown}: cannot be made an OCI image layout: {error.strerror}") from None
@@ -173,10 +175,6 @@ class Layout:
         except OSError as error:
             raise ImageError(f"the layout has no index.json that can be read: {error.strerror}") from None
 
-    def resolve(self, tag: str | Digest | None) -> Descriptor:
-        """The manifest of an image; see `resolve.find`. Raises ImageError."""
-        return find(self, tag)
-
     def open_blob(self, descriptor: Descriptor) -> int:
         """A new descriptor of the blob's file, at its beginning. Its size was checked; its digest is for the
         reader to check at the end. Raises ImageError."""
@@ -210,7 +208,8 @@ class Layout:
         return data
 
     def has_blob(self, descriptor: Descriptor) -> bool:
-        """Whether the blob is there, in its right size."""
+        """Whether the blob is there, in its right size. The digest is not computed, that would be reading
+        whole images at every commit: blobs appear whole, and whoever reads one checks its digest."""
         try:
             os.close(self.open_blob(descriptor))
         except ImageError:
@@ -250,17 +249,6 @@ class Layout:
     def put_json(self, document: object, media_type: str) -> Descriptor:
         """Writes `document` as a blob. Raises OSError."""
         return self.put(encode(document), media_type)
-
-    def copy_blob_from(self, other: Layout, descriptor: Descriptor) -> None:
-        """Copies a blob, verified. One that is here in its right size is left: blobs appear whole, and
-        whoever reads it checks its digest. Raises ImageError, OSError."""
-        if self.has_blob(descriptor):
-            return
-        source = other.open_blob(descriptor)
-        try:
-            self.copy_blob(source, descriptor)
-        finally:
-            os.close(source)
 
     def copy_blob(self, source: int, descriptor: Descriptor) -> None:
         """Copies the `descriptor.size` bytes that stand at the position of `source` as a blob, verified.
@@ -363,6 +351,17 @@ class Layout:
             yield fd
         finally:
             os.close(fd)
+
+
+def _sync_directory(path: str) -> None:
+    try:
+        fd = os.open(path, _DIRECTORY)
+    except PermissionError:
+        return  # one may write into a directory that one may not read
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def check_tag(name: str) -> None:
