@@ -16,16 +16,16 @@ from layerfs.overlay.names import TRUSTED, USER, XattrNames
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """`device`: whiteouts are devices, else files. `opaque`: the xattr that marks a directory; None: a file in
-    it does."""
+    """`device`: whiteouts are devices, else files. `opaque`: the xattr that marks a directory; None: a file
+    in it does."""
 
     device: bool
     opaque: str | None
 
     @staticmethod
     def probe(directory: OwnedFd) -> Marks:
-        """Tries it out in `directory`, and leaves it as it was but for its times. Raises OSError for a full or
-        broken disk."""
+        """Tries it out in `directory`, and leaves it as it was but for its times. Raises OSError for a full
+        or broken disk."""
         return Marks(_takes_devices(directory), _opaque_attribute(directory))
 
     def hide(self, directory: OwnedFd, name: bytes) -> None:

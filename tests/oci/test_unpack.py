@@ -162,9 +162,7 @@ def replaces_its_own(layer: Layer) -> bool:
         elif name.startswith(b".wh."):
             gone = directory + b"/" + name[4:] if directory else name[4:]
         inside = gone + b"/" if gone else b""
-        if member.name in seen or gone in seen:
-            return True
-        if member.kind is not Kind.DIR and any(name.startswith(inside) for name in seen):
+        if member.name in seen or gone in seen or any(name.startswith(inside) for name in seen):
             return True
         seen.append(member.name)
     return False
