@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from layerfs.cli import talk
+from layerfs.cli import progress, talk
 from layerfs.errors import LayerError, TarError, UsageError
 from layerfs.oci.apply import apply_layer
 from layerfs.oci.member import display
@@ -32,7 +32,8 @@ def command(layers: tuple[str, ...], directory: str) -> int:
         shown = "standard input" if layer == "-" else display(os.fsencode(layer))
         fd = sys.stdin.fileno() if layer == "-" else _open(layer, shown)
         try:
-            applied = apply_layer(fd, directory)
+            with progress.bar(f"applying {shown}") as bar:
+                applied = apply_layer(fd, directory, bar)
         except TarError as error:
             raise TarError(f"{shown}: {error}", error.errno) from None
         except LayerError as error:

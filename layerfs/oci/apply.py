@@ -27,32 +27,37 @@ from layerfs.oci.building import Applied, Builder
 from layerfs.oci.making import Parent, clean_acls
 from layerfs.oci.member import Kind, Member, display, join, made_up_time, split
 from layerfs.oci.plan import Plan
+from layerfs.oci.progress import Progress
 from layerfs.oci.streams import LayerSource
 from layerfs.oci.tarreader import TarReader
+from layerfs.oci.told import reader
 
 __all__ = ["Applied", "apply_layer", "check_layer"]
 
 
-def apply_layer(fd: int, target: str) -> Applied:
+def apply_layer(fd: int, target: str, progress: Progress | None = None) -> Applied:
     """Applies the layer that the descriptor `fd` gives, from its current position, to the directory `target`.
+    `progress` is told of the layer's bytes; those of a regular file are read twice.
 
     Raises TarError for a bad layer (before anything was changed when `fd` is a regular file), LayerError with
     the errno where the file system refuses (ENOSPC, EROFS, EACCES, …) or one that cannot be applied here."""
     if stat.S_ISREG(os.fstat(fd).st_mode):
         start = os.lseek(fd, 0, os.SEEK_CUR)
-        check_layer(fd, target)
+        if progress is not None:
+            progress.total(2 * (os.fstat(fd).st_size - start))
+        check_layer(fd, target, progress)
         os.lseek(fd, start, os.SEEK_SET)
     source = LayerSource(fd)
     applier = _Applier(target)
     # What it holds open must not live as long as somebody keeps an exception.
     with contextlib.closing(applier):
-        return _run(applier, source, target)
+        return _run(applier, reader(source, progress), target)
 
 
-def _run(applier: _Applier, source: LayerSource, target: str) -> Applied:
+def _run(applier: _Applier, members: TarReader, target: str) -> Applied:
     part = f"{display(os.fsencode(target))} holds a part of the layer now"
     try:
-        return applier.run(TarReader(source))
+        return applier.run(members)
     except TarError as error:
         raise TarError(f"{error}; {part}", error.errno) from None
     except LayerError as error:
@@ -63,11 +68,11 @@ def _run(applier: _Applier, source: LayerSource, target: str) -> Applied:
         raise LayerError(f"{error.strerror}{where}; {part}", error.errno) from error
 
 
-def check_layer(fd: int, target: str) -> None:
+def check_layer(fd: int, target: str, progress: Progress | None = None) -> None:
     """Reads a layer to its end and changes nothing. Raises TarError for whatever will keep it from being
     applied to `target`; only the file system's own refusals (ENOSPC, EACCES, …) are left to be met later."""
     plan = Plan(OwnedFd(os.open(target, ROOT)))
-    for member in TarReader(LayerSource(fd)):
+    for member in reader(LayerSource(fd), progress):
         plan.add(member)
 
 

@@ -35,6 +35,7 @@ from layerfs.oci.member import Kind, Member, display, join, split
 from layerfs.oci.progress import Progress
 from layerfs.oci.streams import LayerSource
 from layerfs.oci.tarreader import TarReader
+from layerfs.oci.told import reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,9 @@ def unpack_layer(source: LayerSource, directory: int, progress: Progress | None 
     Raises TarError for a bad layer, LayerError with the errno where the file system refuses. The directory
     holds a part of the layer then."""
     unpacker = _Unpacker(OwnedFd(os.open(b".", ROOT, dir_fd=directory)))
-    reader = TarReader(source) if progress is None else _Told(source, progress)
     with contextlib.closing(unpacker):
         try:
-            result = unpacker.run(reader)
+            result = unpacker.run(reader(source, progress))
         except LayerfsError:
             raise
         except OSError as error:
@@ -92,22 +92,6 @@ def unpack_layer(source: LayerSource, directory: int, progress: Progress | None 
             unpacker.leaning,
             tuple(result.notes),
         )
-
-
-class _Told(TarReader):
-    """Tells how far the compressed bytes are read."""
-
-    def __init__(self, source: LayerSource, progress: Progress) -> None:
-        super().__init__(source)
-        self._compressed = source
-        self._progress = progress
-        self._told = 0
-
-    def read(self, size: int) -> bytes:
-        if (now := self._compressed.raw_size) != self._told:
-            self._progress.advance(now - self._told)
-            self._told = now
-        return super().read(size)
 
 
 @dataclass(slots=True)

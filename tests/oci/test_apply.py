@@ -375,6 +375,31 @@ def test_what_is_mounted_inside_the_target_is_not_touched(
             umount(point)
 
 
+@pytest.mark.parametrize("compression", ["none", "gzip", "zstd"])
+def test_progress_is_told_to_the_last_byte(place: Path, compression: str) -> None:
+    class Seen:
+        size: int | None = None
+        done = 0
+
+        def total(self, size: int | None) -> None:
+            self.size = size
+
+        def advance(self, size: int) -> None:
+            self.done += size
+
+        def describe(self, text: str) -> None:
+            pass
+
+    (place / "t").mkdir()
+    entries = [m.file(b"f%d" % number, os.urandom(200_000)) for number in range(10)]
+    layer = m.layer_file(place / "l.tar", entries, compression)
+    fd = os.open(layer, os.O_RDONLY)
+    seen = Seen()
+    apply_layer(fd, str(place / "t"), seen)
+    os.close(fd)
+    assert seen.done == seen.size == 2 * os.stat(layer).st_size
+
+
 def test_from_a_pipe(place: Path) -> None:
     raw = m.tar_bytes([m.file(b"f", b"x" * 100_000)], "gzip")
     (place / "t").mkdir()
