@@ -314,8 +314,8 @@ class Layout:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.unlink(raw, dir_fd=self.fd)
-            except (BlockingIOError, FileNotFoundError):
-                pass  # somebody writes it, or has just published it
+            except OSError:
+                pass  # somebody writes it, has just published it, or it is not ours to remove
             finally:
                 os.close(fd)
 

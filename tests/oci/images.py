@@ -100,7 +100,9 @@ class Tools:
         self._store = store
 
     def buildah(self, command: str, *arguments: str | Path) -> str:
-        policy = ["--signature-policy", self._policy] if command in ("from", "bud", "push", "commit") else []
+        policy: list[str | Path] = (
+            ["--signature-policy", self._policy] if command in ("from", "bud", "push", "commit") else []
+        )
         return run("buildah", *self._store, command, *policy, *arguments)
 
     def podman(self, *arguments: str | Path) -> str:

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def config_of(layout: Path, tag: str) -> Any:
     return blob(layout, manifest_of(layout, tag)["config"]["digest"])
 
 
-def write_layer(files: dict[str, bytes], compression: str = "none"):  # type: ignore[no-untyped-def]
+def write_layer(files: dict[str, bytes], compression: str = "none") -> Callable[[int], Written]:
     def write(fd: int) -> Written:
         with LayerSink(fd, compression) as sink:
             sink.write(tar_of(files))
@@ -218,7 +218,7 @@ def test_bases_of_every_kind(place: Path, form: str) -> None:
     assert manifest["annotations"]["org.opencontainers.image.base.name"] == name
     assert ("org.opencontainers.image.base.digest" in manifest["annotations"]) == (form != "docker archive")
     image = open_image(f"{layout}:new")
-    assert [layer.diff_id for layer in image.layers] == [
+    assert [str(layer.diff_id) for layer in image.layers] == [
         digest_of(BASE_LAYER),
         digest_of(tar_of({"new": b"new"})),
     ]
@@ -253,7 +253,7 @@ def test_nothing_changed(place: Path) -> None:
     config = config_of(layout, "told")
     assert config["history"][-1]["empty_layer"] is True
     assert config["config"] == {"User": "u"}
-    assert [layer.diff_id for layer in open_image(f"{layout}:told").layers] == [digest_of(BASE_LAYER)]
+    assert [str(layer.diff_id) for layer in open_image(f"{layout}:told").layers] == [digest_of(BASE_LAYER)]
 
 
 def test_the_base_may_be_the_tag_itself(place: Path) -> None:
@@ -313,7 +313,7 @@ def test_a_commit_leaves_the_right_images_alone(place: Path) -> None:
     make_image(layout, "one", [BASE_LAYER, tar_of({"one": b"1"}), BASE_LAYER])
     make_image(layout, "two", [BASE_LAYER, tar_of({"two": b"2"})])
     lowers = LayerCache.default().layer_directories(open_image(f"{layout}:one"))
-    common = ["commit", "--upper", upper]
+    common: list[str | Path] = ["commit", "--upper", upper]
     for each in lowers:
         common += ["--lower", each]
     layerfs(*common, "--layout", f"{layout}:new", "--base", f"{layout}:one")

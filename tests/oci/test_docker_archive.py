@@ -41,7 +41,7 @@ def layers_of(image: Image) -> list[bytes]:
             while piece := opened.source.read(1 << 16):
                 data += piece
             opened.verify()
-        assert layer.diff_id == digest_of(data)
+        assert str(layer.diff_id) == digest_of(data)
         found.append(data)
     return found
 

@@ -51,8 +51,8 @@ def commit(place: Path, compression: str, *more: str) -> Path:
     run("cp", "-a", lower, merged)
     (merged / "dir/gone").unlink()
     run("cp", "-a", f"{upper}/changed", f"{upper}/added", merged)
-    for path in ("dir", "."):
-        os.utime(merged / path, ns=(0, 1_600_000_000_000_000_000))
+    for name in ("dir", "."):
+        os.utime(merged / name, ns=(0, 1_600_000_000_000_000_000))
     return layout
 
 

@@ -131,7 +131,7 @@ def entry_of(**changes: Any) -> Callable[[Path], None]:
     return damage
 
 
-def in_place(of: bytes | str, do: Callable[[Path], None]) -> Callable[[Path], None]:
+def in_place(of: bytes | str, do: Callable[[Path], object]) -> Callable[[Path], None]:
     """Something done to a file of the layout, or to the blob with these bytes."""
 
     def damage(layout: Path) -> None:

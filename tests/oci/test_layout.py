@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -180,10 +180,12 @@ def test_temporary_files_go_when_nobody_writes_them(place: Path) -> None:
 def test_two_threads_of_one_layout(place: Path) -> None:
     layout = Layout.create(str(place / "l"))
     manifest = make_image(place / "l", "first")
-    threads = [
-        threading.Thread(target=lambda n=n: [layout.tag(f"t{n}-{i}", manifest) for i in range(20)])
-        for n in range(4)
-    ]
+
+    def tag_some(number: int) -> None:
+        for each in range(20):
+            layout.tag(f"t{number}-{each}", manifest)
+
+    threads = [threading.Thread(target=tag_some, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -204,7 +206,7 @@ for number in range(count):
 """
 
 
-def layer(text: str, size: int = 5000):  # type: ignore[no-untyped-def]
+def layer(text: str, size: int = 5000) -> Callable[[int], Written]:
     """What `append_layer` calls: writes a layer with one file."""
 
     def write(fd: int) -> Written:
