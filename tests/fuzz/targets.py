@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import zstandard
 
 from layerfs.errors import ImageError, LayerError, TarError
-from layerfs.oci.image import CONFIG, MANIFEST, parse_config, parse_index, parse_manifest
+from layerfs.oci.docker_archive import DockerArchive
+from layerfs.oci.image import CONFIG, MANIFEST, digest_of, parse_config, parse_index, parse_manifest
 from layerfs.oci.member import Kind, Member, plain_path
 from layerfs.oci.streams import MEDIA_TYPES, LayerSource
 from layerfs.oci.strict_json import encode
@@ -180,9 +181,48 @@ def read_documents(raw: bytes) -> None:
         assert again.raw == document.raw
 
 
+def _archives() -> list[bytes]:
+    """Images in tars: docker's form, with a link, and an OCI layout."""
+    layer = m.tar_bytes([m.file(b"a")])
+    config = {
+        "architecture": "a",
+        "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": [digest_of(layer)]},
+    }
+    entry = {"Config": "c.json", "RepoTags": ["x:t"], "Layers": ["l/layer.tar"]}
+    index = {"schemaVersion": 2, "manifests": []}
+    return [
+        m.tar_bytes(
+            [
+                m.file(b"manifest.json", encode([entry])),
+                m.file(b"c.json", encode(config)),
+                m.link(b"l/layer.tar", b"../m.tar"),
+                m.file(b"m.tar", layer),
+            ]
+        ),
+        m.tar_bytes([m.file(b"oci-layout", b"{}"), m.file(b"index.json", encode(index))]),
+    ]
+
+
+def read_archive(raw: bytes) -> None:
+    """Any bytes are an archive or a LayerError of one line; what its layers are is verified."""
+    fd = os.memfd_create("fuzz")
+    try:
+        os.write(fd, _with_checksums(raw))
+        image = DockerArchive(f"/proc/self/fd/{fd}").image(None, "it")
+        for layer in image.layers:
+            with layer.open() as opened:
+                opened.verify()
+    except LayerError as error:
+        assert "\n" not in str(error) and str(error).isprintable()
+    finally:
+        os.close(fd)
+
+
 TARGETS = {
     "layer": Target(read_layer, _compressed),
     "tar": Target(read_tar, _layers),
     "join": Target(join_layers, _layers),
     "image": Target(read_documents, _documents),
+    "archive": Target(read_archive, _archives),
 }
