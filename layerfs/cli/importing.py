@@ -14,10 +14,10 @@ from layerfs.cli import talk
 from layerfs.cli.image_options import Target, image_as_json, image_lines
 from layerfs.cli.layer_output import layer_as_json, layer_lines, packing
 from layerfs.cli.progress import bar
-from layerfs.errors import TarError, UsageError
-from layerfs.fdutil import OwnedFd
+from layerfs.errors import LayerError, UsageError
 from layerfs.oci.append import ImageOptions, append_layer
 from layerfs.oci.importing import Imported, import_tar
+from layerfs.oci.join import CountedSource
 from layerfs.oci.layout import check_tag
 from layerfs.oci.member import display
 from layerfs.oci.references import split_new_reference
@@ -72,19 +72,19 @@ def command(
     options = ImageOptions(created_by, message, author, changes)
     told: list[tuple[Imported, Written]] = []
     with bar("import", quiet=as_json) as progress:
-        source_fd = OwnedFd(_open(archive, shown))
+        with _open(archive, shown) as source:
 
-        def write(fd: int) -> Written:
-            with LayerSource(source_fd.fd) as source, LayerSink(fd, compression, level) as sink:
-                imported = import_tar(source, sink, progress)
-                written = sink.finish()
-            told.append((imported, written))
-            return written
+            def write(fd: int) -> Written:
+                with LayerSink(fd, compression, level) as sink:
+                    try:
+                        imported = import_tar(CountedSource(source), sink, progress)
+                    except LayerError as error:
+                        raise type(error)(f"{shown}: {error}", error.errno) from None
+                    written = sink.finish()
+                told.append((imported, written))
+                return written
 
-        try:
             made = append_layer(path, tag, None, options, write)
-        except TarError as error:
-            raise TarError(f"{shown}: {error}", error.errno) from None
     ((imported, written),) = told
     for note in imported.notes:
         talk.note(_PROGRAM, f"{shown}: {note}")
@@ -98,10 +98,13 @@ def command(
     return 0
 
 
-def _open(archive: str, shown: str) -> int:
+def _open(archive: str, shown: str) -> LayerSource:
     try:
         if archive == "-":
-            return os.dup(sys.stdin.fileno())
-        return os.open(archive, os.O_RDONLY | os.O_CLOEXEC)
+            return LayerSource(sys.stdin.fileno())
+        with open(archive, "rb", buffering=0) as file:
+            return LayerSource(file.fileno())
     except OSError as error:
         raise UsageError(f"{shown}: {error.strerror}") from None
+    except LayerError as error:
+        raise type(error)(f"{shown}: {error}", error.errno) from None

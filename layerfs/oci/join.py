@@ -142,21 +142,33 @@ def join_layers(
     return Joined(members, name_root or tree.names_root, (*notes, *tally.lines()))
 
 
-class _Counted:
-    """A source that knows its position."""
+class CountedSource:
+    """A source that knows its position. What the system refuses is a LayerError: the caller writes as well,
+    and could not tell whose OSError it has."""
 
     def __init__(self, source: LayerSource) -> None:
         self._source = source
         self.position = 0
 
     def read(self, size: int) -> bytes:
-        data = self._source.read(size)
+        try:
+            data = self._source.read(size)
+        except OSError as error:
+            raise unreadable(error) from error
         self.position += len(data)
         return data
 
     def skip(self, size: int) -> bool:
         self.position += size
-        return self._source.skip(size)
+        try:
+            return self._source.skip(size)
+        except OSError as error:
+            raise unreadable(error) from error
+
+
+def unreadable(error: OSError) -> LayerError:
+    """What to raise when a layer cannot be read."""
+    return LayerError(f"cannot be read: {error.strerror}", error.errno)
 
 
 def _read(
@@ -168,8 +180,8 @@ def _read(
     spool: Spool | None = None,
 ) -> None:
     """Puts a layer into `tree`, and its data into `spool`."""
-    with layer.open() as opened:
-        source = _Counted(opened.source)
+    with _open(layer) as opened:
+        source = CountedSource(opened.source)
         reader = TarReader(source, notes)
         in_place, start = _in_place(layer, opened) if spool is not None and spool.has_room else (None, 0)
         if spool is not None:
@@ -183,6 +195,13 @@ def _read(
                 tally.add("is in a layer more than once: the last one counts", member.name)
             progress.advance(member.size)
         opened.verify()
+
+
+def _open(layer: Layer) -> OpenLayer:
+    try:
+        return layer.open()
+    except OSError as error:
+        raise unreadable(error) from error
 
 
 def _in_place(layer: Layer, opened: OpenLayer) -> tuple[OwnedFd | None, int]:

@@ -238,6 +238,8 @@ def test_evil_layers_are_refused_as_by_apply() -> None:
     ("words", "message"),
     [
         (["absent.tar", "--layout", "L:t"], "No such file or directory"),
+        (["/tmp", "--layout", "L:t"], "layerfs import: /tmp: Is a directory"),
+        (["/proc/self/mem", "--layout", "L:t"], "layerfs import: /proc/self/mem: Input/output error"),
         (["a.tar"], "Missing option '--layout'"),
         (["a.tar", "--layout", "L:t", "--change", "FROM x"], "not an instruction"),
         (["a.tar", "--layout", "L:t", "--level", "1"], "has no levels"),

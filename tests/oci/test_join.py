@@ -185,6 +185,15 @@ def test_evil_layers_are_refused_as_by_apply(
     assert out.stat().st_size == 0 and os.listdir(spools) == []
 
 
+@pytest.mark.parametrize(
+    ("path", "message"), [("/", "Is a directory"), ("/proc/self/mem", "Input/output error")]
+)
+def test_what_cannot_be_read(tmp_path: Path, path: str, message: str) -> None:
+    (good,) = write(tmp_path, [[m.file(b"a")]], ["none"])
+    with pytest.raises(LayerError, match=rf"^layer 2 of 2: cannot be read: {message}$"):
+        join([good, Path(path)])
+
+
 def test_more_layers_than_descriptors(tmp_path: Path, spools: Path) -> None:
     layers = [
         [m.file(b"%04d" % number, b"%d" % number), m.file(b"last", b"%d" % number)] for number in range(600)

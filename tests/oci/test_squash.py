@@ -220,8 +220,8 @@ def test_tarballs(place: Path) -> None:
             ["L:a", "--layout", "L:b", "--compression", "gzip", "--level", "99"],
             "gzip has levels 1 to 9, not 99",
         ),
-        (["absent.tar", "-o", "x.tar"], "absent.tar: No such file"),
-        (["x.tar", "-o", "/absent/x.tar"], "/absent/x.tar: cannot be written"),
+        (["absent", "-o", "x.tar"], "absent: No such file"),
+        (["x.tar", "-o", "/absent/y"], "/absent/y: cannot be written"),
     ],
 )
 def test_wrong_usage(place: Path, words: list[str], message: str) -> None:
@@ -229,8 +229,8 @@ def test_wrong_usage(place: Path, words: list[str], message: str) -> None:
     m.layer_file(place / "x.tar", _LAYERS[0])
     before = sorted(os.walk(place))
     told = [word.replace("L:", f"{place}/l:").replace("x.tar", f"{place}/x.tar") for word in words]
-    done = run("squash", *(word.replace("//absent", "/absent") for word in told), code=2)
-    assert message.split(":")[-1] in done.stderr
+    done = run("squash", *told, code=2)
+    assert message in done.stderr
     assert sorted(os.walk(place)) == before
 
 
