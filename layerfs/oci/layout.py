@@ -151,17 +151,12 @@ class Layout:
 
     def _make_directories(self) -> None:
         """blobs/sha256, and its way on disk. Never through a link: mkdir(2) would follow one."""
-        at = os.dup(self.fd)
+        at = self._fd
         for name in _BLOBS.split(b"/"):
             with contextlib.suppress(FileExistsError):
-                os.mkdir(name, dir_fd=at)
-            os.fsync(at)
-            above = at
-            try:
-                at = openat2(above, name, _DIRECTORY, 0, _BENEATH)
-            finally:
-                os.close(above)
-        os.close(at)
+                os.mkdir(name, dir_fd=at.fd)
+            os.fsync(at.fd)
+            at = OwnedFd(openat2(at.fd, name, _DIRECTORY, 0, _BENEATH))
 
     # -- reading ------------------------------------------------------------------------------------
 
