@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["COMPRESSIONS", "MEDIA_TYPES", "LayerSink", "LayerSource", "Written", "check_level"]
 
-#: Blocks in work beyond those being compressed: one being filled, one being hashed, one being written.
-_MORE_BUFFERS = 3
+#: Blocks in work beyond two for each thread that compresses: they are filled, hashed and written in order,
+#: and on a busy machine each of these waits for its turn now and then.
+_MORE_BUFFERS = 6
 #: Pieces that are decompressed before somebody asks for them.
 _AHEAD = 3
 
@@ -80,7 +81,7 @@ class LayerSink:
         self._encoders = _threads(encoders, "compress")
         self._writer = _threads(1, "write")
         #: The least recently used one first. All but `_block` may be busy.
-        self._blocks = deque(_new_block() for _ in range(encoders + _MORE_BUFFERS))
+        self._blocks = deque(_new_block() for _ in range(2 * encoders + _MORE_BUFFERS))
         self._block = self._blocks.popleft()
         self._used = 0
 

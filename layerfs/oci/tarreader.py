@@ -217,9 +217,11 @@ class TarReader:
                 raise TarError(
                     f"the layer is refused: an extended header of more than {MAX_HEADERS >> 20} MiB"
                 )
-            body = self._source.read(size)
-            if len(body) < size or not self._source.skip(-size % BLOCK):
+            padded = size + -size % BLOCK
+            body = self._source.read(padded)
+            if len(body) < padded:
                 raise self._truncated()
+            body = body[:size]
             if kind == b"g":
                 if any(key != b"comment" for key in parse_records(body)):
                     self.notes.append("a global pax header was ignored")
