@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from layerfs.oci.platforms import this_machine
 from layerfs.oci.references import open_image
-from tests.oci.images import Tools, manifest_of, run, scratch_place
+from tests.oci.images import Tools, make_image, manifest_of, run, scratch_place, tar_of
 from tests.oci.test_append import append, config_of, layerfs, upper_and_lower, write_layer
 from tests.oci.test_commit import Worker, populate
 from tests.support.mounts import why_no_layerfs
@@ -232,3 +233,46 @@ def test_a_mounted_image_is_changed_and_committed(place: Path, seed: int) -> Non
     assert len(open_image(f"{layout}:3").layers) == 4
     run("umoci", "raw", "unpack", "--image", f"{layout}:3", target)
     assert_equal(changed, snapshot(target), labels=("changed", "umoci"))
+
+
+@needs_buildah
+def test_buildahs_image_of_several_platforms(place: Path) -> None:
+    tools = Tools(place)
+    layout = place / "l"
+    here = this_machine().architecture
+    tools.buildah("manifest", "create", "several")
+    for architecture in ("s390x", here, "ppc64le"):
+        name = tools.buildah("from", "scratch").strip()
+        tools.buildah("config", "--arch", architecture, "--user", architecture, name)
+        tools.buildah("commit", "-q", "--rm", name, f"localhost/{architecture}:1")
+        tools.buildah("manifest", "add", "several", f"localhost/{architecture}:1")
+    policy = ("--signature-policy", place / "policy.json")
+    tools.buildah("manifest", "push", "-q", "--all", *policy, "several", f"oci:{layout}:t")
+    image = open_image(f"{layout}:t")
+    assert image.config.config.user == here and image.name == "t"
+    assert image.descriptor is not None
+    append(layout, "new", f"{layout}:t")
+    assert manifest_of(layout, "new")["annotations"]["org.opencontainers.image.base.digest"] == (
+        image.descriptor.digest
+    )
+
+
+@needs_buildah
+@pytest.mark.skipif(not shutil.which("podman"), reason="needs podman")
+@pytest.mark.parametrize("form", ["gzip", "zstd", "zstd:chunked"])
+def test_podmans_compressed_layers_are_read(place: Path, form: str) -> None:
+    tools = Tools(place)
+    make_image(place / "l", layers=[tar_of({"a": b"a" * 100_000})])
+    name = tools.buildah("from", f"oci:{place}/l:t").strip()
+    tools.buildah("commit", "-q", "--rm", name, "localhost/i:1")
+    policy = ("--signature-policy", place / "policy.json", "--compression-format", form)
+    tools.podman("push", "-q", *policy, "localhost/i:1", f"oci:{place}/pushed:t")
+    layers = open_image(f"{place}/pushed:t").layers
+    assert layers[0].descriptor is not None
+    assert layers[0].descriptor.media_type.endswith("+" + form.partition(":")[0])
+    for layer in layers:
+        with layer.open() as opened:
+            opened.verify()
+    append(place / "pushed", "new", f"{place}/pushed:t")
+    old, new = manifest_of(place / "pushed", "t"), manifest_of(place / "pushed", "new")
+    assert new["layers"][:-1] == old["layers"]
