@@ -72,10 +72,10 @@ class Plan:
             self._usable.add(directory)
         if not member.name:
             return
-        if member.kind is Kind.HARDLINK:
-            self._need_partner(member)
+        # A link to a symbolic link is one.
+        kind = self._need_partner(member) if member.kind is Kind.HARDLINK else member.kind
         before = self._kinds.get(member.name)
-        if member.kind is Kind.DIR:
+        if kind is Kind.DIR:
             self._walk(member.name, f"member {display(member.name)}", make=False)  # finds mount points
             if before not in (None, Kind.DIR):
                 self._removed.add(member.name)
@@ -84,15 +84,17 @@ class Plan:
             for gone in [name for name in self._kinds if name.startswith(inside)]:
                 del self._kinds[gone]
             self._usable = {b""}
-        self._kinds[member.name] = member.kind
+        self._kinds[member.name] = kind
 
-    def _need_partner(self, member: Member) -> None:
+    def _need_partner(self, member: Member) -> Kind:
+        """What a hard link joins."""
         wanted = f"hard link {display(member.name)} to {display(member.target)}"
         kind = self._walk(member.target, wanted, make=False)
         if kind is None:
             raise TarError(f"{wanted}: that is not there")
         if kind is Kind.DIR:
             raise TarError(f"{wanted}: that is a directory")
+        return kind
 
     def _walk(self, path: bytes, what: str, *, make: bool) -> Kind | None:
         """What is under `path` by now; None when there is nothing. `make`: missing directories are made.

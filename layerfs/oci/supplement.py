@@ -248,9 +248,7 @@ class _Supplement:
     def _is_seen(self, name: bytes, found: _Found) -> bool:
         """Whether `name` is that very object below, and the layer lets it be seen."""
         leaning = self._leaning
-        if any(name == each for each, _ in leaning.links):
-            return False
-        for hidden in (*leaning.whiteouts, *leaning.opaque):
+        for hidden in (*leaning.whiteouts, *leaning.opaque, *(link for link, _ in leaning.links)):
             if name == hidden or name.startswith(hidden + b"/"):
                 return False
         seen = self._all.find(name)

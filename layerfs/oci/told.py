@@ -39,8 +39,6 @@ class ToldReader(TarReader):
 
 def reader(source: LayerSource, progress: Progress | None) -> TarReader:
     """One that costs nothing where nobody looks."""
-    return (
-        TarReader(source)
-        if progress is None or isinstance(progress, Silent)
-        else ToldReader(source, progress)
-    )
+    if progress is None or type(progress) is Silent:
+        return TarReader(source)
+    return ToldReader(source, progress)

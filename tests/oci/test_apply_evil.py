@@ -86,6 +86,10 @@ EVIL = {
         raw_member(b"h", Kind.HARDLINK, target=b"out") + raw_member(b"h/evil"),
         "symbolic link|no directory",
     ),
+    "whiteout behind a hard link to a symlink": (
+        raw_member(b"h", Kind.HARDLINK, target=b"out") + raw_member(b"h/.wh.secret"),
+        "symbolic link",
+    ),
     "whiteout of dotdot": (raw_member(b".wh..."), "whiteout of nothing"),
     "whiteout of dot": (raw_member(b"d/.wh.."), "whiteout of nothing"),
     "bare whiteout": (raw_member(b"d/.wh."), "whiteout of nothing"),

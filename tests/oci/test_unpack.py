@@ -154,7 +154,12 @@ def replaces_its_own(layer: Layer) -> bool:
     """What such a layer replaces or hides late was in the way of `apply`; it is not any more when the layer's
     directory is laid upon the others."""
     seen: list[bytes] = []
+    links: list[bytes] = []
     for member, _ in layer:
+        if any(member.name.startswith(link + b"/") for link in links):
+            return True  # what the link joins may be known later only
+        if member.kind is Kind.HARDLINK:
+            links.append(member.name)
         directory, _, name = member.name.rpartition(b"/")
         gone = member.name
         if name == b".wh..wh..opq":
@@ -324,6 +329,8 @@ _layers = st.integers(0, 9).flatmap(lambda number: st.lists(_entries(number), ma
 @example([[m.file(b"a/b")], [m.file(b".wh.a"), m.file(b"a/c")]])
 @example([[m.file(b"a/b")], [m.file(b"a/c"), m.file(b".wh.a")]])
 @example([[m.file(b"a"), m.file(b"a/a/.wh.a")]])
+@example([[m.file(b"b/b/b")], [m.hardlink(b"b", b"b/b/b")]])
+@example([[m.link(b"b/b/b", b"a")], [m.hardlink(b"b", b"b/b/b"), m.file(b"b/.wh.a")]])
 @example([[m.file(b"a")], [m.hardlink(b"b", b"a"), m.directory(b"b")]])
 def test_merging_is_applying(layers: list[Layer]) -> None:
     os.environ["SOURCE_DATE_EPOCH"] = "0"
