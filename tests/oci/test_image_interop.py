@@ -14,7 +14,8 @@ import pytest
 
 from layerfs.oci.platforms import this_machine
 from layerfs.oci.references import open_image
-from tests.oci.images import Tools, make_image, manifest_of, run, scratch_place, tar_of
+from tests.oci import members as m
+from tests.oci.images import Tools, make_image, manifest_of, run, scratch_place
 from tests.oci.test_append import append, config_of, layerfs, upper_and_lower, write_layer
 from tests.oci.test_commit import Worker, populate
 from tests.support.mounts import why_no_layerfs
@@ -262,7 +263,9 @@ def test_buildahs_image_of_several_platforms(place: Path) -> None:
 @pytest.mark.parametrize("form", ["gzip", "zstd", "zstd:chunked"])
 def test_podmans_compressed_layers_are_read(place: Path, form: str) -> None:
     tools = Tools(place)
-    make_image(place / "l", layers=[tar_of({"a": b"a" * 100_000})])
+    # Without padding behind its end mark: podman 4.3 cuts that off for zstd:chunked, and leaves the DiffID as
+    # it was. Such a layer is refused, for it is not what the config says.
+    make_image(place / "l", layers=[m.tar_bytes([m.file(b"a", b"a" * 100_000)])])
     name = tools.buildah("from", f"oci:{place}/l:t").strip()
     tools.buildah("commit", "-q", "--rm", name, "localhost/i:1")
     policy = ("--signature-policy", place / "policy.json", "--compression-format", form)
