@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from layerfs.errors import LayerError
+from layerfs.oci import making
 from layerfs.oci.apply import Applied, apply_layer
 from layerfs.oci.member import Kind, Member
 from tests.oci import members as m
@@ -411,6 +413,40 @@ def test_from_a_pipe(place: Path) -> None:
         b"layerfs apply: standard input: 1 entries applied, 0 removed\n",
     )
     assert (place / "t/f").read_bytes() == b"x" * 100_000
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_killed_and_applied_again(place: Path, again: bool) -> None:
+    """In the middle of a file, that is new or replaces one: applying once more makes all of it whole."""
+    entries = [
+        m.directory(b"d", mode=0o750, mtime_ns=_T),
+        m.file(b"d/a", b"1" * 200_000),
+        m.file(b"d/b", b"2"),
+    ]
+    (place / "t").mkdir()
+    if again:
+        apply(place, [m.file(b"d/a", b"old"), m.file(b"d/b", b"old")])
+    layer = m.layer_file(place / "l.tar", entries)
+    child = os.fork()
+    if child == 0:
+
+        def die(fd: int, data: bytes) -> None:
+            os.write(fd, data[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            making._write_all = die
+            apply_layer(os.open(layer, os.O_RDONLY), str(place / "t"))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    if again:
+        assert (place / "t/d/a").read_bytes() == b"old", "the old one stays until the new one is whole"
+    apply(place, entries)
+    tree = snapshot(place / "t")
+    assert again or set(tree) == {b".", b"d", b"d/a", b"d/b"}, "nothing is left"
+    assert (tree[b"d/a"].size, tree[b"d"].mode, tree[b"d"].mtime_ns) == (200_000, 0o750, _T)
+    assert (place / "t/d/b").read_bytes() == b"2"
 
 
 def as_user(uid: int, layer: str, target: Path) -> list[str]:
