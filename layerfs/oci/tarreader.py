@@ -256,6 +256,7 @@ class TarReader:
         path = plain_path(name)
         if not path and kind is not Kind.DIR:
             raise TarError(f"member {display(name)}: the root of a layer is a directory")
+        told = self._size(path, records, size)
         target = b""
         if kind in _LINKS:
             target = self._target(path, kind, records.get(b"linkpath") or long_link or _text(link))
@@ -267,7 +268,7 @@ class TarReader:
             self._owner(path, records, b"gid", gid),
             self._time(path, records, mtime),
             # Some writers repeat the size of what a hard link joins; no data follow.
-            self._size(path, records, size) if kind is Kind.FILE else 0,
+            told if kind is Kind.FILE else 0,
             target,
             self._device(path, major, minor) if kind in _DEVICES else (0, 0),
             self._xattrs(path, records) if records else {},

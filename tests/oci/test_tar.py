@@ -234,6 +234,8 @@ def _pax(records: bytes, raw: bytes = _ONE) -> bytes:
         (_with(124, b"\xff" * 12), "more than any file"),
         (_with(124, b"77777777777\0"), "truncated"),
         (_with(124, b"12x\0"), "no number"),
+        (_with(124, b"12x\0", m.tar_bytes([m.directory(b"d")])), "no number"),
+        (_with(124, b"128\0"), "no number"),
         (_with(108, b"\xff" * 8), "owner"),
         (_with(156, b"S"), "sparse"),
         (_with(156, b"M"), "multi-volume"),
