@@ -77,7 +77,7 @@ class Store:
         try:
             with open(os.path.join(path, _RECORD), "rb") as file:
                 record = json.loads(file.read(_MAX_RECORD))
-            if isinstance(record, dict):
+            if isinstance(record, dict) and os.path.isdir(os.path.join(path, _ROOT)):
                 return Made(os.path.join(path, _ROOT), record, new=False)
         except FileNotFoundError:
             if not os.path.lexists(path):

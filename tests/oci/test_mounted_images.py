@@ -49,6 +49,19 @@ def mounted(place: Path, reference: str) -> Iterator[Path]:
         subprocess.run([*command, "umount", place / "m"], check=True)
 
 
+@contextlib.contextmanager
+def under_the_kernel(place: Path, layers: list[str]) -> Iterator[Path]:
+    (place / "k").mkdir()
+    if len(layers) == 1:  # it takes two
+        (place / "k0").mkdir()
+        layers = [*layers, str(place / "k0")]
+    mounts.mount_overlay(place / "k", layers, None, None)
+    try:
+        yield place / "k"
+    finally:
+        mounts.umount(place / "k")
+
+
 def unpacked_by_umoci(place: Path, layout: Path, tag: str) -> Snapshot:
     run("umoci", "raw", "unpack", "--image", f"{layout}:{tag}", place / f"by-umoci-{tag}")
     return snapshot(place / f"by-umoci-{tag}")
@@ -59,6 +72,12 @@ def compare(place: Path, layout: Path, tag: str, ignore: tuple[str, ...] = ()) -
     with mounted(place, f"{layout}:{tag}") as point:
         found = snapshot(point)
     assert_equal(expected, found, ignore=ignore, labels=("umoci", "layerfs"))
+    if not mounts.why_no_kernel_overlay():
+        layers = LayerCache(f"{place}/cache/layerfs").layer_directories(open_image(f"{layout}:{tag}"))
+        with under_the_kernel(place, layers) as point:
+            seen = snapshot(point, hide_xattr=lambda name: name.startswith(b"trusted.overlay."))
+        # The kernel counts names that a layer above hides.
+        assert_equal(expected, seen, ignore=(*ignore, "nlink"), labels=("umoci", "kernel overlayfs"))
     return found
 
 
