@@ -67,6 +67,27 @@ def test_displayed_names_are_one_unambiguous_line(name: bytes) -> None:
     assert undone + shown[at:].encode() == name
 
 
+def ustar(
+    name: bytes,
+    mode: int,
+    uid: int,
+    size: int,
+    mtime: int,
+    flag: bytes,
+    link: bytes = b"",
+    rdev: tuple[int, int] = (0, 0),
+) -> bytes:
+    """A header block as POSIX describes it, with nothing of the writer in it."""
+
+    def field(text: bytes, width: int) -> bytes:
+        return text + bytes(width - len(text))
+
+    front = field(name, 100) + b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (mode, uid, uid, size, mtime)
+    back = flag + field(link, 100) + b"ustar\00000" + bytes(64) + b"%07o\0%07o\0" % rdev + bytes(155 + 12)
+    total = sum(front) + 8 * 32 + sum(back)
+    return front + b"%06o\0 " % total + back
+
+
 def test_golden_layer() -> None:
     """A small fixed tree has one DiffID for all time.
 
@@ -89,24 +110,6 @@ def test_golden_layer() -> None:
         m.link(b"etc/mtab", b"../proc/self/mounts"),
         (Member(b"null", Kind.CHAR, 0o666, rdev=(1, 3)), b""),
     ]
-
-    def ustar(
-        name: bytes,
-        mode: int,
-        uid: int,
-        size: int,
-        mtime: int,
-        flag: bytes,
-        link: bytes = b"",
-        rdev: tuple[int, int] = (0, 0),
-    ) -> bytes:
-        def field(text: bytes, width: int) -> bytes:
-            return text + bytes(width - len(text))
-
-        front = field(name, 100) + b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (mode, uid, uid, size, mtime)
-        back = flag + field(link, 100) + b"ustar\00000" + bytes(64) + b"%07o\0%07o\0" % rdev + bytes(155 + 12)
-        total = sum(front) + 8 * 32 + sum(back)
-        return front + b"%06o\0 " % total + back
 
     records = b"19 SCHILY.xattr.user.k=v\n".replace(b"19", b"25") + b"22 mtime=1600000000.5\n"
     assert len(b"25 SCHILY.xattr.user.k=v\n") == 25 and len(b"22 mtime=1600000000.5\n") == 22
@@ -139,6 +142,51 @@ def test_golden_layer() -> None:
         ("etc/motd2", b"1", 0o644, 0, 0, 0, "etc/motd"),
         ("etc/mtab", b"2", 0o777, 0, 0, 0, "../proc/self/mounts"),
         ("null", b"3", 0o666, 0, 0, 0, ""),
+    ]
+
+
+def test_golden_pax_headers() -> None:
+    """The same for what needs a pax header: records in the order of their keys, lengths that count their own
+    digits (98 bytes and three digits are 101: there is no 100), names as they are, names of xattrs escaped as
+    GNU tar does."""
+    long, umlauts = b"d/" + b"n" * 120, "ü".encode() * 45 + b"x"
+    entries = [
+        m.file(long, b"", uid=8**7, mtime_ns=-1_500_000_000, xattrs={"user.a=b": b"1", "user.%41": b"2\n"}),
+        m.link(umlauts, b"t" * 84),
+        m.link(b"l", b"t" * 101),
+    ]
+    first = (
+        b"28 SCHILY.xattr.user.%41=2\n\n"
+        + b"29 SCHILY.xattr.user.a%3Db=1\n"
+        + b"14 mtime=-1.5\n"
+        + b"132 path="
+        + long
+        + b"\n"
+        + b"15 uid=2097152\n"
+    )
+    second = b"101 path=" + umlauts + b"\n"
+    third = b"115 linkpath=" + b"t" * 101 + b"\n"
+    expected = b"".join(
+        [
+            ustar(b"PaxHeaders.0/" + b"n" * 80, 0o644, 0, len(first), 0, b"x"),
+            first + bytes(512 - len(first)),
+            ustar(long[:100], 0o644, 0, 0, 0, b"0"),
+            ustar(b"PaxHeaders.0/" + b"_" * 80, 0o644, 0, len(second), 0, b"x"),
+            second + bytes(512 - len(second)),
+            ustar(b"_" * 90 + b"x", 0o777, 0, 0, 0, b"2", b"t" * 84),
+            ustar(b"PaxHeaders.0/l", 0o644, 0, len(third), 0, b"x"),
+            third + bytes(512 - len(third)),
+            ustar(b"l", 0o777, 0, 0, 0, b"2", b"t" * 100),
+            bytes(1024),
+        ]
+    )
+    assert m.tar_bytes(entries) == expected
+    with tarfile.open(fileobj=io.BytesIO(expected)) as tar:
+        told = [(info.name, info.uid, info.mtime, info.linkname) for info in tar]
+    assert told == [
+        (long.decode(), 8**7, -1.5, ""),
+        (umlauts.decode(), 0, 0, "t" * 84),
+        ("l", 0, 0, "t" * 101),
     ]
 
 
