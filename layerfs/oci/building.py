@@ -16,7 +16,7 @@ from typing import TypeVar
 from layerfs.errors import LayerError
 from layerfs.fdutil import OwnedFd, at_path, fd_path
 from layerfs.oci.beneath import DIRECTORY, DIRECTORY_PATH, in_the_way, open_beneath
-from layerfs.oci.making import LeftOut, ObjectMaker, Parent, clean_acls, has_default_acl
+from layerfs.oci.making import Births, LeftOut, ObjectMaker, Parent, clean_acls, has_default_acl, owner_of
 from layerfs.oci.member import Kind, Mark, Member, display, join, split
 from layerfs.oci.plan import check_names, is_whiteout_device
 from layerfs.oci.tally import Tally
@@ -39,6 +39,9 @@ class Applied:
 class Builder:
     """One layer being made below `root`. Subclasses publish objects and carry out whiteouts."""
 
+    #: there may be something that was not made by this layer
+    _replaces = True
+
     def __init__(self, root: OwnedFd, implied_ns: int | None) -> None:
         """`implied_ns`: mtime of directories that the layer uses without naming them; None: when they are
         made."""
@@ -47,6 +50,8 @@ class Builder:
         self._tally = Tally()
         self._maker = ObjectMaker(self._tally)
         self._parents: dict[bytes, Parent] = {}
+        #: by file system, group and setgid bit of the directory
+        self._births: dict[tuple[int, int, int], Births] = {}
         #: Names that this layer has made, by directory, directories on the way to them included: whiteouts
         #: hide the layers below only.
         self._own: dict[bytes, set[bytes]] = {}
@@ -176,7 +181,7 @@ class Builder:
         while missing:
             name = missing.pop()
             os.mkdir(name, 0o755, dir_fd=fd.fd)
-            if has_default_acl(fd.fd):
+            if self._has_default_acl(fd):
                 clean_acls(at_path(fd.fd, name))
             fd = open_beneath(fd.fd, name, DIRECTORY)
             os.fchmod(fd.fd, 0o755)
@@ -194,8 +199,13 @@ class Builder:
             here = above
         if len(self._parents) >= _OPEN_PARENTS:
             self._forget_parents()
-        parent = self._parents[path] = Parent(path, fd, has_default_acl(fd.fd))
+        st = os.fstat(fd.fd)
+        births = self._births.setdefault((st.st_dev, st.st_gid, st.st_mode & stat.S_ISGID), Births())
+        parent = self._parents[path] = Parent(path, fd, self._has_default_acl(fd), births)
         return parent
+
+    def _has_default_acl(self, directory: OwnedFd) -> bool:
+        return has_default_acl(directory.fd)
 
     def _forget_parents(self) -> None:
         self._parents.clear()
@@ -243,7 +253,10 @@ class Builder:
             member = self._directories.get(path)
             if member is not None:
                 fd = self._open(path)
-                self._maker.set_attributes(fd_path(fd.fd), member, follow=True, clean=True)
+                owner = owner_of(fd.fd)
+                self._maker.set_attributes(
+                    fd_path(fd.fd), member, follow=True, clean=self._replaces, owner=owner
+                )
                 continue
             try:
                 fd = self._open(path)

@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from layerfs.errors import LayerError, TarError
@@ -47,6 +47,14 @@ class Data(Protocol):
 
 
 @dataclass(slots=True)
+class Births:
+    """Whom new objects belong to in some directories, once one was seen: a setgid directory or the mount
+    option grpid gives its own group; a server may know better altogether."""
+
+    owner: tuple[int, int] | None = None
+
+
+@dataclass(slots=True)
 class Parent:
     """A directory that objects are made in."""
 
@@ -54,9 +62,7 @@ class Parent:
     fd: OwnedFd
     #: new objects inherit an ACL here, which must come off again
     has_default_acl: bool
-    #: whom new objects belong to here (a setgid directory or the mount option grpid gives its own group), as
-    #: seen on the first one
-    births: tuple[int, int] | None = None
+    births: Births = field(default_factory=Births)
 
 
 class ObjectMaker:
@@ -78,7 +84,7 @@ class ObjectMaker:
             not mode & (0o7000 | self._masked)
             and not member.xattrs
             and not parent.has_default_acl
-            and (owner == parent.births or not self.privileged)
+            and (owner == parent.births.owner or not self.privileged)
         )
         fd = os.open(name, _CREATE, mode if born_right else 0o600, dir_fd=parent.fd.fd)
         try:
@@ -88,11 +94,10 @@ class ObjectMaker:
                     self._note_owner(member)
                 os.utime(fd, ns=(member.mtime_ns, member.mtime_ns))
             else:
-                if parent.births is None:
-                    st = os.fstat(fd)
-                    parent.births = (st.st_uid, st.st_gid)
+                if parent.births.owner is None:
+                    parent.births.owner = owner_of(fd)
                 self.set_attributes(
-                    fd_path(fd), member, follow=True, clean=parent.has_default_acl, births=parent.births
+                    fd_path(fd), member, follow=True, clean=parent.has_default_acl, owner=parent.births.owner
                 )
         except BaseException:
             with contextlib.suppress(OSError):
@@ -123,7 +128,7 @@ class ObjectMaker:
                 member,
                 follow=False,
                 clean=parent.has_default_acl and member.kind is not Kind.SYMLINK,
-                births=parent.births,
+                owner=parent.births.owner,
             )
         except BaseException:
             with contextlib.suppress(OSError):
@@ -153,15 +158,15 @@ class ObjectMaker:
         *,
         follow: bool,
         clean: bool,
-        births: tuple[int, int] | None = None,
+        owner: tuple[int, int] | None = None,
     ) -> None:
         """Owner, xattrs, mode, time, in this order: chown clears setuid and capabilities, an ACL sets mode
         bits, and a mode may forbid an ordinary user to set xattrs.
 
         `clean`: xattrs that the member does not have come off (a directory's old ones, an inherited ACL).
-        `births`: the owner that it has already, if known. Raises OSError, LayerError."""
+        `owner`: whom it belongs to already, if known. Raises OSError, LayerError."""
         if self.privileged:
-            if (member.uid, member.gid) != births:
+            if (member.uid, member.gid) != owner:
                 self._chown(where, member, follow)
         elif (member.uid, member.gid) != self._self:
             self._note_owner(member)
@@ -250,6 +255,11 @@ def clean_acls(where: bytes) -> None:
     for attribute in _ACLS:
         with contextlib.suppress(OSError):
             os.removexattr(where, attribute, follow_symlinks=False)
+
+
+def owner_of(fd: int) -> tuple[int, int]:
+    st = os.fstat(fd)
+    return st.st_uid, st.st_gid
 
 
 def has_default_acl(fd: int) -> bool:

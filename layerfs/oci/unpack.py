@@ -125,6 +125,8 @@ class _Hiding:
 class _Unpacker(Builder):
     """`run` fills in what the layer leaves to others."""
 
+    _replaces = False
+
     def __init__(self, root: OwnedFd) -> None:
         super().__init__(root, 0)
         clean_acls(fd_path(root.fd))
@@ -135,6 +137,9 @@ class _Unpacker(Builder):
         self.root_named = False
         self.opaque_root = False
         self.leaning = Leaning()
+
+    def _has_default_acl(self, directory: OwnedFd) -> bool:
+        return False  # attributes of directories come at the end
 
     # --- making: nothing is here but what this layer made ---
 
