@@ -126,7 +126,6 @@ class FlatTree:
             return self._add_directory(parent, name, member, offset)
         before = parent.children.get(name)
         if isinstance(before, _Directory):
-            self._here = None
             new = before.layer != self._layer
         else:
             new = before is None or before & 0xFFFF != self._layer

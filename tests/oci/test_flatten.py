@@ -299,6 +299,37 @@ def test_implied_directories_keep_the_attributes_below() -> None:
     assert (found[b"d"].mode, found[b"d/e"].mode, found[b"d/e"].mtime_ns) == (0o700, 0o755, 0)
 
 
+def test_a_directory_in_place_of_a_whiteout_is_new() -> None:
+    below = [m.directory(b"d", mode=0o700), m.file(b"d/old")]
+    new = ["d/", "d/.wh..wh..opq", "d/f=1"]
+    for layers in (
+        [[m.file(b".wh.d")], [m.file(b"d/f", b"1")]],
+        [[m.file(b".wh.d"), m.file(b"d/f", b"1")]],
+        [[m.file(b".wh.d")], [m.directory(b"d"), m.file(b"d/f", b"1")]],
+        [[m.file(b"d")], [m.directory(b"d"), m.file(b"d/f", b"1")]],
+    ):
+        assert told(flat(layers, whole=False)) == new
+        assert told(flat([below, *layers], whole=True)) == ["d/", "d/f=1"]
+        assert {entry.mode for entry, _ in flat([below, *layers], whole=True)} == {0o755, 0o644}
+    # the whiteout comes last: what it hides gives no attributes either
+    late = [m.file(b"d/f", b"1"), m.file(b".wh.d")]
+    assert [entry.mode for entry, _ in flat([below, late], whole=True)] == [0o755, 0o644]
+    assert told(flat([late], whole=False)) == new
+
+
+def test_nothing_is_put_into_what_was_replaced() -> None:
+    for layer in (
+        [m.file(b"d/x"), m.file(b"d"), m.file(b"d/y")],
+        [m.file(b"d/e/x"), m.file(b"d"), m.file(b"d/e/y")],
+        [m.file(b"d/x"), m.link(b"d", b"/etc"), m.hardlink(b"h", b"d/x")],
+    ):
+        for whole in (True, False):
+            with pytest.raises(TarError, match=r"no directory|symbolic link"):
+                flat([layer], whole=whole)
+    again = [m.file(b"d/x"), m.file(b"d"), m.directory(b"d"), m.file(b"d/y")]
+    assert told(flat([again], whole=True)) == ["d/", "d/y"]
+
+
 def test_an_empty_directory_that_nobody_named_depends_on_what_is_below() -> None:
     layers = [[m.file(b"d/f")], [m.file(b"d/.wh.f")]]
     tally = Tally()
@@ -312,9 +343,14 @@ def test_an_empty_directory_that_nobody_named_depends_on_what_is_below() -> None
 def test_hard_links_to_what_lies_below() -> None:
     link = [m.hardlink(b"n", b"d/p")]
     assert told(flat([link, [m.file(b"d/q")]], whole=False)) == ["d/q", "n -> d/p"]
-    for hiding in (b"d/.wh.p", b"d/p", b".wh.d", b"d/.wh..wh..opq"):
+    hiding = [m.file(name) for name in (b"d/.wh.p", b"d/p", b".wh.d", b"d/.wh..wh..opq", b"d/p/q")]
+    for entry in (*hiding, m.directory(b"d/p")):
         with pytest.raises(LayerError, match="hard link n to d/p: that lies below the layers"):
-            flat([link, [m.file(hiding)]], whole=False)
+            flat([link, [entry]], whole=False)
+    # a whiteout below it says nothing of what it is
+    assert told(flat([link, [m.file(b"d/p/.wh.q")]], whole=False)) == ["d/p/.wh.q", "n -> d/p"]
+    with pytest.raises(TarError, match="that is a directory"):
+        flat([[m.file(b"d/p/q")], link], whole=False)
     assert told(flat([link, [m.file(b"d/.wh.p"), m.file(b"n", b"1")]], whole=False)) == ["d/.wh.p", "n=1"]
 
 
