@@ -194,6 +194,36 @@ def test_memory_is_flat_while_writing(compression: str) -> None:
     assert after - before < 24 << 10  # KiB
 
 
+_MEASURED_READING = """
+import os, resource, sys
+from layerfs.oci.streams import LayerSource
+with LayerSource(os.open(sys.argv[1], os.O_RDONLY), digests=True) as source:
+    read = 0
+    while piece := source.read(200_000):
+        read += len(piece)
+        if 40 << 20 < read < (40 << 20) + 200_001:
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(read)
+"""
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_memory_is_flat_while_reading(compression: str, tmp_path: Path) -> None:
+    block = os.urandom(1 << 15) * 8
+    fd = os.open(tmp_path / "layer", os.O_WRONLY | os.O_CREAT)
+    with LayerSink(fd, compression, 1 if compression != "none" else None) as sink:
+        for _ in range(300 << 2):
+            sink.write(block)
+        sink.finish()
+    os.close(fd)
+    command = [sys.executable, "-c", _MEASURED_READING, str(tmp_path / "layer")]
+    before, after, size = map(int, subprocess.run(command, capture_output=True, check=True).stdout.split())
+    (tmp_path / "layer").unlink()
+    assert size == 300 << 20
+    assert after - before < 16 << 10  # KiB
+
+
 # --- when it goes wrong ---
 
 
