@@ -21,7 +21,7 @@ from layerfs.oci.layout import check_tag
 from layerfs.oci.member import display
 from layerfs.oci.progress import Progress
 from layerfs.oci.references import open_image, split_new_reference
-from layerfs.oci.streams import Written
+from layerfs.oci.streams import Written, check_level
 from layerfs.stack import Stack
 
 
@@ -99,6 +99,7 @@ def commit_image(
     target: Target, stack: Stack, options: CommitOptions, progress: Progress
 ) -> tuple[Summary, Appended]:
     """Makes the image. Raises UsageError, LayerError."""
+    check_level(options.compression, options.level)
     _refuse_inside(target.path, stack)
     _compare_with_base(target, stack)
     summary: Summary | None = None
