@@ -97,6 +97,7 @@ def mount(
         metacopy=options.metacopy is not False,
         userxattr=options.userxattr,
         read_only=options.read_only,
+        owners=options.owners,
     )
     fuse_options, notes = kernel_mount_options(
         options,

@@ -66,7 +66,12 @@ async def _main(
 ) -> None:
     async with trio.open_nursery() as nursery:
         operations.vfs = Vfs(
-            stack, upper, nursery, redirect_dir=config.redirect_dir, metacopy=config.metacopy
+            stack,
+            upper,
+            nursery,
+            redirect_dir=config.redirect_dir,
+            metacopy=config.metacopy,
+            owners=config.owners,
         )
         operations.vfs.tree.attributes_moved = operations.attributes_moved
         await operations.vfs.start()

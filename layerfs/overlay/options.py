@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from layerfs.errors import UsageError
+from layerfs.overlay.owners import AS_STORED, IdMap, IdRange, Owners, parse_id, parse_ranges
 
 
 def _words(text: str) -> frozenset[str]:
@@ -53,8 +54,6 @@ _KERNEL_NO_EFFECT = _words("index nfs_export xino uuid")
 _FUSE_OVERLAYFS_NO_EFFECT = _words(
     "timeout threaded fsync fast_ino writeback noxattrs plugins static_nlink noacl ino32_t auto_unmount"
 )
-#: Their meaning must not be dropped silently: files would have the wrong owners.
-_UNSUPPORTED = _words("uidmapping gidmapping squash_to_uid squash_to_gid squash_to_root")
 
 _BOOLEAN = {"on": True, "off": False}
 #: Kernel: `follow` and `nofollow` differ from `off` only in reading; nothing new is written under any of
@@ -74,6 +73,7 @@ class MountOptions:
     metacopy: bool | None = None
     userxattr: bool | None = None
     read_only: bool = False
+    owners: Owners = AS_STORED
     #: Options for the mount itself in the order of their last mention, e.g. `noatime`, `max_read=65536`.
     fuse: tuple[str, ...] = ()
     #: Access times were asked for by name, which takes back the default `noatime`.
@@ -85,7 +85,20 @@ class MountOptions:
 
 
 @dataclass
+class _Mapping:
+    """What has been said of the ids of users, or of groups."""
+
+    ranges: tuple[IdRange, ...] = ()
+    squash: int | None = None
+
+    def done(self) -> IdMap:
+        return IdMap(self.ranges, self.squash)
+
+
+@dataclass
 class _Parsing:
+    uid: _Mapping = field(default_factory=_Mapping)
+    gid: _Mapping = field(default_factory=_Mapping)
     lowers: list[str] = field(default_factory=list)
     fuse: dict[str, str] = field(default_factory=dict)
     ineffective: list[str] = field(default_factory=list)
@@ -223,8 +236,12 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
         elif name == "data":
             if value != "python":
                 raise UsageError(f"option data={value or ''}: only data=python can be had without the gate")
-        elif name in _UNSUPPORTED:
-            raise UsageError(f"option {name}: mapping of owners is not supported")
+        elif name in ("uidmapping", "gidmapping"):
+            getattr(state, name[:3]).ranges = parse_ranges(name, value or "")
+        elif name in ("squash_to_uid", "squash_to_gid"):
+            getattr(state, name[-3:]).squash = parse_id(name, value)
+        elif name == "squash_to_root" and value in (None, "1"):
+            state.uid.squash = state.gid.squash = 0
         elif name == "xattr_permissions":
             if value not in (None, "0"):
                 raise UsageError(f"option {name}={value}: owners kept in xattrs are not supported")
@@ -256,6 +273,7 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
         metacopy=metacopy,
         userxattr=userxattr,
         read_only=read_only,
+        owners=Owners(state.uid.done(), state.gid.done()),
         fuse=tuple(state.fuse.values()),
         atime=atime,
         ineffective=tuple(state.ineffective),

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from typing import NoReturn
 
 from layerfs.errors import LayerfsError, MountError
+from layerfs.overlay.owners import Owners
 from layerfs.vfs.config import StackConfig
 
 _READY = b"R"
@@ -63,6 +64,7 @@ class MountRequest:
     @staticmethod
     def decode(data: bytes) -> MountRequest:
         values = marshal.loads(data)
+        values["config"]["owners"] = Owners.from_dict(values["config"]["owners"])
         values["config"] = StackConfig(**values["config"])
         values["fuse_options"] = frozenset(values["fuse_options"])
         return MountRequest(**values)

@@ -42,8 +42,20 @@ class Attributes:
             await self.copyup.settle(node, caller)
             await self.copyup.attributes_only(node, caller)
 
+    def _stored_owner(self, change: Change) -> tuple[int, int]:
+        """uid and gid to store, -1 for what stays. Raises OSError: EINVAL for an id that the map does not
+        know, as for one that a user namespace does not (chown(2))."""
+        uid, gid, owners = change.uid, change.gid, self.tree.owners
+        if owners is not None:
+            uid = owners.uid.stored(uid) if uid is not None else -1
+            gid = owners.gid.stored(gid) if gid is not None else -1
+            if uid is None or gid is None:
+                fail(errno.EINVAL)
+        return -1 if uid is None else uid, -1 if gid is None else gid
+
     async def set(self, node: Node, change: Change, caller: Caller) -> None:
         """Raises OSError."""
+        uid, gid = self._stored_owner(change)
         if change.size is not None:
             if not isinstance(node, File):
                 fail(errno.EISDIR)
@@ -58,8 +70,6 @@ class Attributes:
             self._cut(node, target, change.size)
         if change.uid is not None or change.gid is not None or change == Change():
             # Nothing to set is chown(-1, -1), which sets ctime.
-            uid = change.uid if change.uid is not None else -1
-            gid = change.gid if change.gid is not None else -1
             if name:
                 os.chown(name, uid, gid, dir_fd=fd.fd, follow_symlinks=False)
             else:
@@ -106,6 +116,11 @@ class Attributes:
     async def set_xattr(self, node: Node, name: bytes, value: bytes, caller: Caller) -> None:
         """Raises OSError: EPERM for marks of overlays."""
         attribute = _stored(self.upper.names, name)
+        if self.tree.owners is not None:
+            stored = self.tree.owners.stored_xattr(attribute, value)
+            if stored is None:
+                fail(errno.EINVAL)
+            value = stored
         await self._into_upper(node, caller)
         self.tree.changed(node)
         path, follow, _keep = self.tree.real_path(node)
@@ -142,7 +157,8 @@ def get_xattr(tree: Tree, node: Node, name: bytes) -> bytes:
     if attribute is None:
         fail(errno.ENODATA)
     path, follow, _keep = tree.real_path(node)
-    return os.getxattr(path, attribute, follow_symlinks=follow)
+    value = os.getxattr(path, attribute, follow_symlinks=follow)
+    return value if tree.owners is None else tree.owners.shown_xattr(attribute, value)
 
 
 def list_xattrs(tree: Tree, node: Node, caller: Caller) -> list[bytes]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from layerfs.overlay.owners import AS_STORED, Owners
+
 
 @dataclass(frozen=True)
 class StackConfig:
@@ -30,3 +32,5 @@ class StackConfig:
     userxattr: bool | None = None
     #: EROFS for everything that would write, though `upper` may be given and is then shown.
     read_only: bool = False
+    #: How the owners that layers store are shown.
+    owners: Owners = AS_STORED

@@ -16,6 +16,7 @@ from layerfs.fdutil import OwnedFd, at_path, fd_path
 from layerfs.ids import RealIno
 from layerfs.inodes import numbers
 from layerfs.overlay import acl
+from layerfs.overlay.owners import OVERFLOW
 from layerfs.stack import Entry, Merged
 from layerfs.upper.steps import step
 from layerfs.vfs.caller import Caller
@@ -73,7 +74,8 @@ class Namespace:
         parent_fd = self.copyup.directory(parent)
         hidden = merged.hides(name)
         is_dir = stat.S_ISDIR(new.mode)
-        direct = not hidden and caller.uid == self._uid and caller.gid == self._gid
+        owner = self._owner(caller)
+        direct = not hidden and owner == (self._uid, self._gid)
         if direct:
             fd = self._make_object(parent_fd.fd, name, new, flags)
             step("create.placed")
@@ -84,7 +86,7 @@ class Namespace:
             try:
                 if is_dir and hidden:
                     self.upper.set_opaque(work.fd, temporary)
-                self._own(work.fd, temporary, parent_fd, new, caller)
+                self._own(work.fd, temporary, parent_fd, new, owner)
             except OSError:
                 self.upper.discard(temporary)
                 raise
@@ -115,12 +117,22 @@ class Namespace:
             os.mknod(name, new.mode, new.rdev, dir_fd=directory)
         return None
 
-    def _own(self, work: int, temporary: bytes, parent: OwnedFd, new: New, caller: Caller) -> None:
+    def _owner(self, caller: Caller) -> tuple[int, int]:
+        """What to store as the owner of something new. Callers that the map does not know become the
+        overflow id, so that root of the host can make things in a container's tree, as with fuse-overlayfs.
+        """
+        owners = self.tree.owners
+        if owners is None:
+            return caller.uid, caller.gid
+        uid, gid = owners.uid.stored(caller.uid), owners.gid.stored(caller.gid)
+        return OVERFLOW if uid is None else uid, OVERFLOW if gid is None else gid
+
+    def _own(self, work: int, temporary: bytes, parent: OwnedFd, new: New, owner: tuple[int, int]) -> None:
         """Gives an object made in the work directory what the kernel gives one made in place
         (inode_init_owner, posix_acl_create).
         """
         above = os.fstat(parent.fd)
-        uid, gid, mode = caller.uid, caller.gid, new.mode
+        (uid, gid), mode = owner, new.mode
         if above.st_mode & stat.S_ISGID:
             gid = above.st_gid
             if stat.S_ISDIR(mode):

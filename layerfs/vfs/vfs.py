@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import trio
 
 from layerfs.gate import Gate
+from layerfs.overlay.owners import Owners
 from layerfs.stack import Stack
 from layerfs.upper.upper import Upper
 from layerfs.vfs import kernel_index
@@ -52,12 +53,13 @@ class Vfs:
         *,
         redirect_dir: bool = True,
         metacopy: bool = True,
+        owners: Owners | None = None,
         gate: Gate | None = None,
     ) -> None:
         """`nursery` runs copy-ups; it must outlive all requests. `upper` None: read-only."""
         self.stack = stack
         self.upper = upper
-        self.tree = Tree(stack, upper, gate)
+        self.tree = Tree(stack, upper, owners, gate)
         links = LinkIndex(self.tree, upper_was_empty=_is_empty(stack))
         self.tree.links = links
         self._writing: _Writing | None = None

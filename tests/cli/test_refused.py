@@ -115,7 +115,9 @@ CASES = [
     Case("unknown option", with_options("-o", "frob=1"), "unknown mount option: frob=1", 2),
     Case("fuse-overlayfs option", with_options("-o", "noacl"), "noacl", 2),
     Case("bad value", with_options("-o", "metacopy=perhaps"), "metacopy: must be one of on, off", 2),
-    Case("owner mapping", with_options("-o", "uidmapping=0:1:2"), "uidmapping: mapping of owners", 2),
+    Case(
+        "owner mapping", with_options("-o", "uidmapping=0:1"), "uidmapping=0:1: must be STORED:SHOWN:COUNT", 2
+    ),
     Case("passthrough", with_options("-o", "data=passthrough"), "data=passthrough", 2),
     Case("data-only", lambda box: ["-o", f"lowerdir={box('a')}::{box('b')}", box("m")], "data-only", 2),
     Case("both lowers", with_options("-o", "lowerdir=/x"), "--lower and -o lowerdir=", 2),
