@@ -98,6 +98,9 @@ def mount(
         userxattr=options.userxattr,
         read_only=options.read_only,
         owners=options.owners,
+        xattr_permissions=options.xattr_permissions,
+        xattrs=options.xattrs,
+        acl=options.acl,
     )
     fuse_options, notes = kernel_mount_options(
         options,

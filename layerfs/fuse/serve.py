@@ -45,6 +45,7 @@ def serve(
         assert config.work is not None, "checked"
         upper = Upper(stack.upper, config.work, names, volatile=config.volatile)
     operations = Operations(_describer(config, stack, upper, prefix))
+    operations.enable_acl = config.acl
     try:
         pyfuse3.init(operations, mountpoint, fuse_options)
     except RuntimeError as error:
@@ -72,6 +73,7 @@ async def _main(
             redirect_dir=config.redirect_dir,
             metacopy=config.metacopy,
             owners=config.owners,
+            xattrs=config.xattrs,
         )
         operations.vfs.tree.attributes_moved = operations.attributes_moved
         await operations.vfs.start()

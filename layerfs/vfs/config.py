@@ -34,3 +34,10 @@ class StackConfig:
     read_only: bool = False
     #: How the owners that layers store are shown.
     owners: Owners = AS_STORED
+    #: Owner, mode and type of objects in xattrs (`overlay.override`): 0 not, 1 in `security.` ones, 2 in
+    #: `user.` ones.
+    xattr_permissions: int = 0
+    #: Extended attributes can be read and set through the mount.
+    xattrs: bool = True
+    #: The kernel heeds ACLs.
+    acl: bool = True

@@ -54,10 +54,14 @@ class Vfs:
         redirect_dir: bool = True,
         metacopy: bool = True,
         owners: Owners | None = None,
+        xattrs: bool = True,
         gate: Gate | None = None,
     ) -> None:
-        """`nursery` runs copy-ups; it must outlive all requests. `upper` None: read-only."""
+        """`nursery` runs copy-ups; it must outlive all requests. `upper` None: read-only. `xattrs` False:
+        users neither see nor set any.
+        """
         self.stack = stack
+        self._xattrs = xattrs
         self.upper = upper
         self.tree = Tree(stack, upper, owners, gate)
         links = LinkIndex(self.tree, upper_was_empty=_is_empty(stack))
@@ -205,16 +209,24 @@ class Vfs:
             node.users -= 1
             self.tree.release(node)
 
+    def _check_xattrs(self) -> None:
+        if not self._xattrs:
+            fail(errno.EOPNOTSUPP)
+
     async def getxattr(self, id: int, name: bytes) -> bytes:
+        self._check_xattrs()
         return get_xattr(self.tree, self.tree.node(id), name)
 
     async def listxattr(self, id: int, caller: Caller) -> list[bytes]:
+        self._check_xattrs()
         return list_xattrs(self.tree, self.tree.node(id), caller)
 
     async def setxattr(self, id: int, name: bytes, value: bytes, caller: Caller) -> None:
+        self._check_xattrs()
         await self._write().attributes.set_xattr(self.tree.node(id), name, value, caller)
 
     async def removexattr(self, id: int, name: bytes, caller: Caller) -> None:
+        self._check_xattrs()
         await self._write().attributes.remove_xattr(self.tree.node(id), name, caller)
 
     # -- data -------------------------------------------------------------------------------------
