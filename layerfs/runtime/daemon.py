@@ -179,6 +179,9 @@ def run_foreground(load: Loader, request: MountRequest, announce: Callable[[], N
             log = _open_log(request.log)
             os.dup2(log, 2)
             os.close(log)
+        from layerfs.fdutil import stand_in_proc
+
+        stand_in_proc()
         announce()
 
     try:
@@ -237,8 +240,10 @@ def _daemon(load: Loader, request_fd: int, status_fd: int, stderr: _CapturedStde
 
     def ready() -> None:
         nonlocal announced
+        from layerfs.fdutil import stand_in_proc  # not before the fork: the file system loads it anyway
+
         # From here on the caller's working directory is not ours to hold, and its stderr already is not.
-        os.chdir("/")
+        stand_in_proc()
         stderr.replace_by(log)
         announced = True
         _write_all(status_fd, _READY)
