@@ -164,7 +164,7 @@ def test_what_the_daemon_keeps_of_its_caller(box: Box) -> None:
     assert os.read(read, 1) == b"", "the daemon holds a descriptor of its caller"
     os.close(read)
     pid = box.daemon()
-    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert os.readlink(f"/proc/{pid}/cwd") == "/proc"
     assert [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)] == ["/dev/null"] * 3
     assert os.getsid(pid) == pid
     limits = [line for line in Path(f"/proc/{pid}/limits").read_text().splitlines() if "open files" in line]
