@@ -88,8 +88,13 @@ def mount(
         raise UsageError("--ephemeral makes its own upper and work directory: leave out --upper and --work")
     if options.work and not options.upper:
         raise UsageError("a work directory needs an upper directory")
+    lowers = [absolute(lower) for lower in options.lowers]
+    if options.owners:
+        from layerfs.runtime.idmapped import without_idmap
+
+        lowers = [without_idmap(lower) for lower in lowers]
     config = StackConfig(
-        lowers=tuple(absolute(lower) for lower in options.lowers),
+        lowers=tuple(lowers),
         upper=absolute(options.upper) if options.upper else None,
         work=absolute(options.work) if options.work else None,
         volatile=options.volatile or ephemeral,
