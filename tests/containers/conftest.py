@@ -1,0 +1,186 @@
+"""Stores for containers, the base image, and the machine's own stores out of reach."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.containers.store import BUSYBOX, Store, why_not
+from tests.support import mounts
+from tests.support.stack import scratch_root
+
+MakeStore = Callable[..., Store]
+LONG_AGO = 1_500_000_000
+
+#: Directories that the programs write whatever they are told.
+_HIDDEN = ("/var/lib/containers", "/run/containers", "/run/libpod", "/etc/containers")
+
+
+@pytest.fixture(scope="package", autouse=True)
+def machine_out_of_reach() -> Iterator[None]:
+    """The machine's own stores and configuration are covered by empty directories while these tests run; what
+    a program wrote into them would be seen at the end."""
+    if os.geteuid() != 0 or os.readlink("/proc/self/ns/mnt") == _ns_of_parent():
+        yield
+        return
+    covered = [path for path in _HIDDEN if os.path.isdir(path)]
+    for path in covered:
+        mounts.mount("none", path, "tmpfs", data="mode=755,size=64m")
+        if path == "/etc/containers":  # the one file that no variable names
+            Path(path, "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}\n')
+    try:
+        yield
+    finally:
+        for path in covered:
+            mounts.umount(path, mounts.MNT_DETACH)
+
+
+def _ns_of_parent() -> str:
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/ns/mnt")
+    except OSError:
+        return ""
+
+
+@pytest.fixture
+def make_store() -> Iterator[MakeStore]:
+    """Makes stores, and removes them: what is left in one then fails the test."""
+    made: list[Store] = []
+
+    def make(kind: str = "layerfs", uid: int = 0) -> Store:
+        store = Store(kind, uid)
+        made.append(store)
+        return store
+
+    yield make
+    wrong = [f"{store.kind}: {line}" for store in made for line in store.close()]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.fixture
+def store(make_store: MakeStore) -> Store:
+    """A store on layerfs that holds the image `base`."""
+    if reason := why_not("podman", "runc"):
+        pytest.skip(reason)
+    made = make_store()
+    made.podman("import", "-q", "-", "base", stdin=base_tar())
+    return made
+
+
+@pytest.fixture(params=["layerfs", "fuse-overlayfs"])
+def either(request: pytest.FixtureRequest, make_store: MakeStore) -> Store:
+    """A store with the image `base`: on layerfs, and on fuse-overlayfs as the control."""
+    if reason := why_not("podman", "runc"):
+        pytest.skip(reason)
+    made = make_store(request.param)
+    made.podman("import", "-q", "-", "base", stdin=base_tar())
+    return made
+
+
+@pytest.fixture(scope="session")
+def xattr_tool() -> Iterator[Path]:
+    """A static program for images: `xattr set PATH NAME HEX`; busybox has none."""
+    source = r"""
+        #include <stdio.h>
+        #include <string.h>
+        #include <sys/xattr.h>
+        int main(int argc, char **argv) {
+            unsigned char value[256]; size_t n = 0;
+            if (argc != 4) return 2;
+            for (const char *p = argv[3]; *p && n < sizeof value; p += 2, n++)
+                if (sscanf(p, "%2hhx", &value[n]) != 1) return 2;
+            if (setxattr(argv[1], argv[2], value, n, 0)) { perror(argv[1]); return 1; }
+            return 0;
+        }
+    """
+    with tempfile.TemporaryDirectory(dir=scratch_root()) as where:
+        tool = Path(where) / "xattr"
+        done = subprocess.run(
+            ["gcc", "-static", "-O1", "-x", "c", "-", "-o", tool],
+            input=source,
+            text=True,
+            capture_output=True,
+        )
+        if done.returncode:
+            pytest.skip(f"no static C program can be made: {done.stderr[-200:]}")
+        yield tool
+
+
+def base_tar() -> bytes:
+    """A root with busybox: /bin/sh and its kin, and some files to work on."""
+    applets = subprocess.run([BUSYBOX, "--list"], capture_output=True, text=True, check=True).stdout.split()
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+
+        def add(name: str, kind: bytes, mode: int, data: bytes = b"", link: str = "", owner: int = 0) -> None:
+            info = tarfile.TarInfo(name)
+            info.type, info.mode, info.linkname, info.mtime = kind, mode, link, LONG_AGO
+            info.uid = info.gid = owner
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+        for name in (
+            "bin",
+            "dev",
+            "etc",
+            "proc",
+            "root",
+            "run",
+            "sys",
+            "srv",
+            "srv/old",
+            "srv/old/deep",
+            "home",
+        ):
+            add(name, tarfile.DIRTYPE, 0o755)
+        add("tmp", tarfile.DIRTYPE, 0o1777)
+        add("bin/busybox", tarfile.REGTYPE, 0o755, BUSYBOX.read_bytes())
+        for applet in applets:
+            if "/" not in applet and applet != "busybox":
+                add(f"bin/{applet}", tarfile.SYMTYPE, 0o777, link="busybox")
+        add("etc/passwd", tarfile.REGTYPE, 0o644, b"root:x:0:0::/root:/bin/sh\nuser:x:7:8::/home:/bin/sh\n")
+        add("etc/group", tarfile.REGTYPE, 0o644, b"root:x:0:\nuser:x:8:\n")
+        add("srv/big", tarfile.REGTYPE, 0o644, b"big" * 700_000)
+        add("srv/owned", tarfile.REGTYPE, 0o640, b"7:8", owner=7)
+        add("srv/first", tarfile.REGTYPE, 0o644, b"two names")
+        add("srv/second", tarfile.LNKTYPE, 0o644, link="srv/first")
+        add("srv/gone", tarfile.REGTYPE, 0o644, b"to be removed")
+        for number in range(5):
+            add(f"srv/old/deep/{number}", tarfile.REGTYPE, 0o644, b"%d" % number)
+    return out.getvalue()
+
+
+@pytest.fixture
+def subordinate_ids(root: None) -> Iterator[None]:
+    """/etc/subuid and /etc/subgid with ranges for `containers` (podman's --userns=auto) and for an ordinary
+    user, in this mount namespace alone."""
+    with tempfile.TemporaryDirectory(dir=scratch_root()) as where:
+        ranges = Path(where) / "ranges"
+        ranges.write_text(f"containers:400000:200000\n{_name(65534)}:600000:65536\n65534:600000:65536\n")
+        covered = []
+        try:
+            for path in ("/etc/subuid", "/etc/subgid"):
+                if not os.path.exists(path):
+                    pytest.skip(f"no {path} to cover")
+                mounts.bind(ranges, path)
+                covered.append(path)
+            yield
+        finally:
+            for path in covered:
+                mounts.umount(path, mounts.MNT_DETACH)
+
+
+def _name(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
