@@ -39,7 +39,8 @@ def serve(
     checks.check_stack(config, mountpoint)
     prefix = _prefix(config)
     names = XattrNames(prefix)
-    stack = Stack(config.lowers, config.upper, names, pool_capacity=_pool_capacity())
+    permissions = config.xattr_permissions
+    stack = Stack(config.lowers, config.upper, names, _pool_capacity(), xattr_permissions=permissions)
     upper = None
     if stack.upper is not None and not config.read_only:
         assert config.work is not None, "checked"

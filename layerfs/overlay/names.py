@@ -12,7 +12,7 @@ USER: Final = "user.overlay."
 
 #: Marks of fuse-overlayfs and containers/storage: read where DESIGN says so, never shown, never set through a
 #: mount.
-FOREIGN: Final = ("user.fuseoverlayfs.", "user.containers.override_stat")
+FOREIGN: Final = ("user.fuseoverlayfs.", "security.fuseoverlayfs.", "user.containers.override_stat")
 
 #: Forms in which others mark a directory opaque; honoured in lower layers beside our own.
 FOREIGN_OPAQUE: Final = ("trusted.overlay.opaque", "user.overlay.opaque", "user.fuseoverlayfs.opaque")

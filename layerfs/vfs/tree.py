@@ -22,6 +22,7 @@ from layerfs.overlay import origin as origin_codec
 from layerfs.overlay.owners import Owners
 from layerfs.stack import (
     Entry,
+    Layer,
     LowerDir,
     Merged,
     Stack,
@@ -392,10 +393,21 @@ class Tree:
         return OwnedFd(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd.fd))
 
     def stat_real(self, node: Node) -> os.stat_result:
+        """The real object's attributes, with owner, mode, type and device as its layer means them
+        (`overlay.override`); owners are not mapped yet. Raises OSError.
+        """
         fd, name = self.where(node)
-        if name:
-            return os.stat(name, dir_fd=fd.fd, follow_symlinks=False)
-        return os.fstat(fd.fd)
+        st = os.stat(name, dir_fd=fd.fd, follow_symlinks=False) if name else os.fstat(fd.fd)
+        if self.stack.overrides:
+            path, follow, _keep = self.real_path(node)
+            return self._layer_of(node).shown(st, path, follow=follow)
+        return st
+
+    def _layer_of(self, node: Node) -> Layer:
+        if node.in_upper:
+            assert self.stack.upper is not None
+            return self.stack.upper
+        return node.home.layer if node.home is not None else self.stack.lowers[0]
 
     def open_real(self, fd: OwnedFd, name: bytes, flags: int) -> OwnedFd:
         """Opens the regular file that `where` or `data_location` named. Raises OSError: EIO when it is not
