@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -18,6 +19,8 @@ from tests.support.stack import scratch_root
 
 MakeStore = Callable[..., Store]
 LONG_AGO = 1_500_000_000
+#: security.capability: cap_net_raw+ep
+CAP_NET_RAW = "0100000200200000000000000000000000000000"
 
 #: Directories that the programs write whatever they are told.
 _HIDDEN = ("/var/lib/containers", "/run/containers", "/run/libpod", "/etc/containers")
@@ -163,7 +166,7 @@ def subordinate_ids(root: None) -> Iterator[None]:
     user, in this mount namespace alone."""
     with tempfile.TemporaryDirectory(dir=scratch_root()) as where:
         ranges = Path(where) / "ranges"
-        ranges.write_text(f"containers:400000:200000\n{_name(65534)}:600000:65536\n65534:600000:65536\n")
+        ranges.write_text(f"containers:400000:200000\n{_name(65534)}:600000:65536\n")
         covered = []
         try:
             for path in ("/etc/subuid", "/etc/subgid"):
@@ -184,3 +187,40 @@ def _name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
+
+
+@pytest.fixture
+def context(xattr_tool: Path) -> Iterator[Path]:
+    """A directory to build in: `files`, and `base.tar`, to which `bin/xattr` was added."""
+    with tempfile.TemporaryDirectory(dir=scratch_root(), prefix="context-") as made:
+        where = Path(made)
+        files = where / "files"
+        for directory in ("sub/empty", "tree/deep"):
+            (files / directory).mkdir(parents=True)
+        for path, text in (
+            ("tool", "#!/bin/sh\n"),
+            ("note", "n"),
+            ("sub/a", "a"),
+            ("tree/one", "1"),
+            ("tree/deep/two", "2"),
+        ):
+            (files / path).write_text(text)
+        (files / "link").symlink_to("sub/a")
+        os.setxattr(files / "sub/a", "user.from", b"context")
+        os.setxattr(files / "sub/a", "security.capability", bytes.fromhex(CAP_NET_RAW))
+        if shutil.which("setfacl"):
+            subprocess.run(["setfacl", "-m", "u:7:rw", files / "note"], check=True)
+        (where / "base.tar").write_bytes(_with_tool(xattr_tool))
+        for each in [*where.rglob("*"), where]:
+            os.utime(each, (LONG_AGO, LONG_AGO), follow_symlinks=False)
+        yield where
+
+
+def _with_tool(tool: Path) -> bytes:
+    out = io.BytesIO(base_tar())
+    with tarfile.open(fileobj=out, mode="a", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("bin/xattr")
+        info.size, info.mode, info.mtime = tool.stat().st_size, 0o755, LONG_AGO
+        with tool.open("rb") as file:
+            tar.addfile(info, file)
+    return out.getvalue()

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.containers.conftest import LONG_AGO, MakeStore, base_tar
+from tests.containers.conftest import CAP_NET_RAW, MakeStore
 from tests.containers.store import Layer, assert_same_layers, why_not
-from tests.support.stack import scratch_root
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
-
-#: security.capability: cap_net_raw+ep
-CAP_NET_RAW = "0100000200200000000000000000000000000000"
 
 #: Every RUN is a layer (`--layers`). What a line is there for is beside it.
 DOCKERFILE = f"""\
@@ -73,50 +64,11 @@ LINKED = (
 )
 
 
-@pytest.fixture
-def context(xattr_tool: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=scratch_root(), prefix="context-") as made:
-        where = Path(made)
-        files = where / "files"
-        for directory in ("sub/empty", "tree/deep"):
-            (files / directory).mkdir(parents=True)
-        for path, text in (
-            ("tool", "#!/bin/sh\n"),
-            ("note", "n"),
-            ("sub/a", "a"),
-            ("tree/one", "1"),
-            ("tree/deep/two", "2"),
-        ):
-            (files / path).write_text(text)
-        (files / "link").symlink_to("sub/a")
-        os.setxattr(files / "sub/a", "user.from", b"context")
-        os.setxattr(files / "sub/a", "security.capability", bytes.fromhex(CAP_NET_RAW))
-        if shutil.which("setfacl"):
-            subprocess.run(["setfacl", "-m", "u:7:rw", files / "note"], check=True)
-        (where / "base.tar").write_bytes(_with_tool(xattr_tool))
-        (where / "Dockerfile").write_text(DOCKERFILE)
-        for each in [*where.rglob("*"), where]:
-            os.utime(each, (LONG_AGO, LONG_AGO), follow_symlinks=False)
-        yield where
-
-
-def _with_tool(tool: Path) -> bytes:
-    import io
-    import tarfile
-
-    out = io.BytesIO(base_tar())
-    with tarfile.open(fileobj=out, mode="a", format=tarfile.PAX_FORMAT) as tar:
-        info = tarfile.TarInfo("bin/xattr")
-        info.size, info.mode, info.mtime = tool.stat().st_size, 0o755, LONG_AGO
-        with tool.open("rb") as file:
-            tar.addfile(info, file)
-    return out.getvalue()
-
-
 @pytest.mark.long
 def test_an_image_is_the_same_layer_by_layer(make_store: MakeStore, context: Path) -> None:
     if reason := why_not("buildah"):
         pytest.skip(reason)
+    (context / "Dockerfile").write_text(DOCKERFILE)
     built: dict[str, dict[str, list[Layer]]] = {}
     for kind in ("layerfs", "fuse-overlayfs", "vfs"):
         store = make_store(kind)
