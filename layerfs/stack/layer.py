@@ -8,6 +8,7 @@ after it was opened.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -68,7 +69,12 @@ class Layer:
         Without the option only a layer whose root is this user's own is believed: anybody may set `user.`
         xattrs on his own files, and they could say "root's, setuid" in somebody else's mount."""
         path = fd_path(self.fd.fd)
-        present = os.listxattr(path)
+        try:
+            present = os.listxattr(path)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # a squashfs made without any
+                raise
+            present = []
         found = override.carried_by(present)
         if self.index < 0 and option:
             self.overrides = override.names_of_upper(option, present)

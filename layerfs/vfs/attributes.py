@@ -185,7 +185,14 @@ def get_xattr(tree: Tree, node: Node, name: bytes) -> bytes:
     if attribute is None:
         fail(errno.ENODATA)
     path, follow, _keep = tree.real_path(node)
-    value = os.getxattr(path, attribute, follow_symlinks=follow)
+    try:
+        value = os.getxattr(path, attribute, follow_symlinks=follow)
+    except OSError as error:
+        # A lower's file system may know no ACLs (squashfs) or no xattrs at all, where the upper's does. The
+        # kernel asks for the ACL of whatever it opens: any other errno would be the open's.
+        if error.errno == errno.EOPNOTSUPP and (not node.in_upper or attribute in (acl.ACCESS, acl.DEFAULT)):
+            fail(errno.ENODATA)
+        raise
     return value if tree.owners is None else tree.owners.shown_xattr(attribute, value)
 
 
