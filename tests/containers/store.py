@@ -80,6 +80,8 @@ class Store:
 
     kind: str
     uid: int = 0
+    #: storage.conf's `mountopt`
+    mountopt: str = ""
     dir: Path = field(init=False)
     #: What lives as long as containers run. podman wants its path short: 50 characters.
     run_dir: Path = field(init=False)
@@ -90,7 +92,8 @@ class Store:
         self.dir.mkdir(mode=0o755)
         self.run_dir = Path(tempfile.mkdtemp(prefix="lfs-", dir="/tmp"))
         self.run_dir.chmod(0o711)
-        for name in ("home", "xdg", "tmp", "log", "config"):
+        (self.run_dir / "x").mkdir(mode=0o700)
+        for name in ("home", "tmp", "log", "config"):
             (self.dir / name).mkdir(mode=0o700)
         config = self.dir / "config"
         (config / "containers.conf").write_text(_CONTAINERS_CONF.format(dir=self.dir))
@@ -111,7 +114,7 @@ class Store:
         self.env = {
             "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin",
             "HOME": str(self.dir / "home"),
-            "XDG_RUNTIME_DIR": str(self.dir / "xdg"),
+            "XDG_RUNTIME_DIR": str(self.run_dir / "x"),
             "TMPDIR": str(self.dir / "tmp"),
             "CONTAINERS_CONF": str(config / "containers.conf"),
             "CONTAINERS_STORAGE_CONF": str(config / "storage.conf"),
@@ -122,7 +125,7 @@ class Store:
         }
         if "PYTHONPATH" in os.environ:
             self.env["PYTHONPATH"] = os.environ["PYTHONPATH"]
-        for path in (self.run_dir, self.dir, *self.dir.rglob("*")):
+        for path in (self.run_dir, self.run_dir / "x", self.dir, *self.dir.rglob("*")):
             os.chown(path, self.uid, self.uid)
 
     # -- commands ---------------------------------------------------------------------------------
@@ -134,7 +137,8 @@ class Store:
         if self.kind == "vfs":
             return [*words, "--storage-driver", "vfs"]
         program = f"{self.dir}/mount.layerfs" if self.kind == "layerfs" else shutil.which("fuse-overlayfs")
-        return [*words, "--storage-driver", "overlay", "--storage-opt", f"overlay.mount_program={program}"]
+        words += ["--storage-driver", "overlay", "--storage-opt", f"overlay.mount_program={program}"]
+        return [*words, "--storage-opt", f"overlay.mountopt={self.mountopt}"] if self.mountopt else words
 
     def run(self, *command: str | Path, stdin: bytes | None = None, timeout: float = PATIENCE) -> Done:
         """A command in this store's environment, as its user."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.containers.conftest import MakeStore, base_tar
-from tests.containers.store import Store, assert_same_layers, eventually, why_not
+from tests.containers.store import Store, assert_same_layers, eventually, read_layer, why_not
 from tests.support.tree import lowers_guard
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
@@ -244,3 +244,21 @@ def test_an_image_of_other_owners_survives(store: Store) -> None:
     assert_same_layers(before, store.layers("base", podman=True), "loaded")
     with tarfile.open(fileobj=out) as tar:
         assert {name.strip("/") for name in tar.getnames()} == before[0].keys()
+
+
+def test_a_container_goes_back_to_fuse_overlayfs(store: Store) -> None:
+    """As the README says: one whose changes were written without redirects and metadata-only copies."""
+    store.mountopt = "redirect_dir=off,metacopy=off"
+    store.podman("run", "--name", "plain", "base", "sh", "-c", CHANGES)
+    assert all("redirect_dir=off,metacopy=off" in call for call in store.calls() if "upperdir=" in call)
+    store.assert_idle()
+    roots = {}
+    for kind in ("layerfs", "fuse-overlayfs"):
+        store.kind, store.mountopt = kind, ""
+        store.podman("export", "-o", store.dir / "tmp/root.tar", "plain")
+        roots[kind] = read_layer(store.dir / "tmp/root.tar")
+        (store.dir / "tmp/root.tar").unlink()
+        store.assert_idle()
+    assert {"srv/renamed/deep/4", "srv/old/file", "srv/linked"} <= roots["layerfs"].keys()
+    assert_same_layers([roots["layerfs"]], [roots["fuse-overlayfs"]], "fuse-overlayfs")
+    store.podman("rm", "-a", "-f")
