@@ -8,5 +8,6 @@ COMMANDS = {
     "diff": "Show what the upper directory changes.",
     "commit": "Make a layer tarball of the upper directory.",
     "apply": "Apply layer tarballs to a directory.",
+    "flatten": "Make an upper plain, for overlays that know no redirects.",
     "doctor": "Tell what this machine and kernel allow.",
 }

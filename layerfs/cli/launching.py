@@ -145,6 +145,19 @@ def mount(
         _undo()
 
 
+@contextmanager
+def work_directory(config: StackConfig) -> Iterator[StackConfig]:
+    """`config` with a work directory for as long as this takes: the default one is made if need be, and
+    unmade. Raises MountError.
+    """
+    if config.work is None:
+        config = _with_default_work(config)
+    try:
+        yield config
+    finally:
+        _undo()
+
+
 def _keep_work() -> None:
     global _made
     _made = None

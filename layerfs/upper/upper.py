@@ -28,7 +28,7 @@ from layerfs.fdutil import (
     renameat2,
 )
 from layerfs.overlay import acl, origin, override, redirect, whiteout
-from layerfs.overlay.names import XattrNames
+from layerfs.overlay.names import USER, USER_UPPER, XattrNames
 from layerfs.stack import Layer, Merged
 from layerfs.upper import journal
 from layerfs.upper.inode_log import InodeLog
@@ -62,6 +62,7 @@ class Upper:
             self.work.empty()
             self.inode_log = InodeLog(self.work.state)
             self.ability = self._probe()
+            self._say_prefix()
             if volatile:
                 self.work.mark_volatile()
         except OSError as error:
@@ -72,6 +73,18 @@ class Upper:
             )
         self._whiteout: bytes | None = None
         self._uuids: dict[int, bytes | None] = {}
+
+    def _say_prefix(self) -> None:
+        """So that whoever may set both kinds of marks goes on with this one. Helps only: not where the root
+        is somebody else's, or takes none (which is said by the probe).
+        """
+        if self.names.prefix == USER:
+            try:
+                if USER_UPPER not in os.listxattr(fd_path(self.root.fd)):
+                    os.setxattr(fd_path(self.root.fd), USER_UPPER, b"y")
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP):
+                    raise
 
     # -- probing ----------------------------------------------------------------------------------
 
@@ -385,12 +398,16 @@ class Upper:
 
     def drop_whiteouts(self, directory: OwnedFd, merged: Merged) -> None:
         """Removes the whiteouts in a directory that has just become opaque: none stand inside an opaque
-        one.
+        one. Not a change of what it shows, so its times stay.
         """
+        if not merged.devices and not merged.marks:
+            return
+        before = os.fstat(directory.fd)
         for name in merged.devices:
             remove_tree(directory.fd, name)
         for name in merged.marks:
             remove_tree(directory.fd, whiteout.PREFIX + name)
+        os.utime(fd_path(directory.fd), ns=(before.st_atime_ns, before.st_mtime_ns))
         merged.devices.clear()
         merged.marks.clear()
 

@@ -26,6 +26,7 @@ from layerfs.vfs.attributes import Change, get_xattr, list_xattrs
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.files import DirectoryHandle, Files, Handle
+from layerfs.vfs.flatten import Flatten, Flattened
 from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.names import Names
 from layerfs.vfs.namespace import Namespace, New
@@ -109,6 +110,11 @@ class Vfs:
                 st = layer.shown(os.fstat(layer.fd.fd), fd_path(layer.fd.fd), follow=True)
                 break
         upper.keep(fd_path(upper.root.fd), st, follow=True)
+
+    async def flatten(self) -> Flattened:
+        """In place of a mount's life: see `vfs.flatten`. Raises OSError."""
+        parts = self._write()
+        return await Flatten(self.tree, parts.upper, parts.copyup, parts.rename).run()
 
     def give_up(self) -> None:
         """The mount is going: nothing that takes long is waited for."""
