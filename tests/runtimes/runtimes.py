@@ -128,9 +128,11 @@ def make_bundle(
     read_only: bool = False,
     own_dev: bool = False,
     rootless: tuple[int, int] | None = None,
+    mapped: tuple[int, int] | None = None,
 ) -> Path:
     """A bundle beside `root` that runs `script` in it. `own_dev`: /dev is the root's, where the runtime makes
-    devices; else a tmpfs. `rootless`: (uid, gid) of the user who runs it, shown as root inside.
+    devices; else a tmpfs. `rootless`: (uid, gid) of the user who runs it, shown as root inside. `mapped`: a
+    user namespace whose ids from 0 are (first, count) of the host's.
     """
     bundle = root.parent / f"bundle-{next(_numbers)}"
     bundle.mkdir()
@@ -140,10 +142,12 @@ def make_bundle(
     if not own_dev:
         options = ["nosuid", "strictatime", "mode=755"]
         mounts.append({"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": options})
-    if rootless:
+    if rootless or mapped:
         linux["namespaces"].append({"type": "user"})
-        for key, number in (("uidMappings", rootless[0]), ("gidMappings", rootless[1])):
-            linux[key] = [{"containerID": 0, "hostID": number, "size": 1}]
+        hosts, size = (rootless, 1) if rootless else ((mapped[0], mapped[0]), mapped[1])  # type: ignore[index]
+        for key, number in zip(("uidMappings", "gidMappings"), hosts, strict=True):
+            linux[key] = [{"containerID": 0, "hostID": number, "size": size}]
+    if rootless:
         os.chown(bundle, *rootless)
     config = {
         "ociVersion": "1.0.0",
@@ -200,6 +204,16 @@ def _crun(root: Path, script: str, read_only: bool, run: Runner) -> Run:
         shown = 'umount /sys/fs/cgroup/unified && exec "$@"'
         command = [_path("unshare"), "--mount", "sh", "-c", shown, "sh", *command]
     return _oci(command, make_bundle(root, script, read_only=read_only), run)
+
+
+def runc_mapped(first: int, count: int) -> Runtime:
+    """runc as root, with a user namespace for the container."""
+
+    def start(root: Path, script: str, read_only: bool, run: Runner) -> Run:
+        bundle = make_bundle(root, script, read_only=read_only, mapped=(first, count))
+        return _oci([_path("runc")], bundle, run)
+
+    return Runtime("runc", ("runc",), start)
 
 
 ALL = (
