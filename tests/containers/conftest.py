@@ -22,27 +22,49 @@ LONG_AGO = 1_500_000_000
 #: security.capability: cap_net_raw+ep
 CAP_NET_RAW = "0100000200200000000000000000000000000000"
 
-#: Directories that the programs write whatever they are told.
-_HIDDEN = ("/var/lib/containers", "/run/containers", "/run/libpod", "/etc/containers")
+#: Directories that the programs read or write whatever they are told.
+_HIDDEN = (
+    "/var/lib/containers",
+    "/run/containers",
+    "/run/libpod",
+    "/run/runc",
+    "/etc/containers",
+)
 
 
 @pytest.fixture(scope="package", autouse=True)
 def machine_out_of_reach() -> Iterator[None]:
-    """The machine's own stores and configuration are covered by empty directories while these tests run; what
-    a program wrote into them would be seen at the end."""
+    """The machine's own stores and configuration are covered by empty directories while these tests run."""
     if os.geteuid() != 0 or os.readlink("/proc/self/ns/mnt") == _ns_of_parent():
         yield
         return
-    covered = [path for path in _HIDDEN if os.path.isdir(path)]
-    for path in covered:
+    groups = set(_control_groups())
+    made = [path for path in _HIDDEN if not os.path.isdir(path)]
+    for path in made:
+        os.mkdir(path)
+    for path in _HIDDEN:
         mounts.mount("none", path, "tmpfs", data="mode=755,size=64m")
-        if path == "/etc/containers":  # the one file that no variable names
-            Path(path, "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}\n')
+    # the one file that no variable names
+    Path("/etc/containers/policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}\n')
     try:
         yield
     finally:
-        for path in covered:
+        for path in _HIDDEN:
             mounts.umount(path, mounts.MNT_DETACH)
+        for path in (*made, *(set(_control_groups()) - groups)):
+            try:
+                os.rmdir(path)
+            except OSError:
+                pass  # somebody else uses it by now
+
+
+def _control_groups() -> list[str]:
+    """The parents that podman makes for its containers, and leaves."""
+    return [
+        str(path)
+        for top in ("*", "")
+        for path in Path("/sys/fs/cgroup").glob(f"{top}/libpod_parent".strip("/"))
+    ]
 
 
 def _ns_of_parent() -> str:
