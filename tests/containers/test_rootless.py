@@ -63,6 +63,14 @@ def test_podman_rootless(make_store: MakeStore) -> None:
     if before != (0, "0:0\n"):
         leave_if_it_ran(store)
         pytest.skip(f"podman runs no rootless container here, on fuse-overlayfs either: {before}")
+    # owners by `uidmapping=`: rootless there are no idmapped mounts for storage to use
+    told = "id -u; stat -c '%u:%g %n' /srv/owned /srv/big; touch /tmp/x; stat -c '%u:%g' /tmp/x"
+    for how in (["--uidmap", "0:1:1000", "--gidmap", "0:1:1000"], ["--userns", "keep-id", "--user", "root"]):
+        said = store.podman(
+            "run", "--rm", *how, "base", "sh", "-c", f"{told}; chown 3:4 /tmp/x; stat -c '%u:%g' /tmp/x"
+        )
+        assert said == "0\n7:7 /srv/owned\n0:0 /srv/big\n0:0\n3:4\n"
+        assert "uidmapping=" in store.calls()[-1]
     store.podman("run", "-d", "--name", "one", "base", "sleep", "1000")
     store.podman("run", "-d", "--name", "two", "base", "sleep", "1000")
     assert len(store.daemons()) == 2
