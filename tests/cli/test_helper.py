@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
@@ -277,27 +278,97 @@ def test_talk(box: Box, flag: str, said: str) -> None:
     assert done.returncode == 0 and done.stdout.startswith(said) and done.stderr == ""
 
 
-def test_the_mount_command(root_box: Box) -> None:
-    """mount(8) finds the helper in /sbin; a kernel overlay over /usr/sbin puts it there for as long as this
-    takes.
+@pytest.fixture
+def sbin(root_box: Box, request: pytest.FixtureRequest) -> Iterator[Box]:
+    """A box, and in /sbin what an administrator links there: in a kernel overlay over it, for as long as the
+    test takes.
     """
-    box = root_box
     if reason := mounts.why_no_kernel_overlay():
         pytest.skip(reason)
-    sbin = os.path.realpath("/sbin")
+    where = os.path.realpath("/sbin")
     for each in ("su", "sw"):
-        box.mkdir(each)
-    os.symlink(helper_command()[0], box("su/mount.layerfs"))
-    mounts.mount_overlay(sbin, [sbin], box("su"), box("sw"))
+        root_box.mkdir(each)
+    helper = helper_command()[0]
+    links = {"mount.layerfs": helper, "mount.fuse.layerfs": helper}
+    for name, target in getattr(request, "param", links).items():
+        os.symlink(target, root_box(f"su/{name}"))
+    mounts.mount_overlay(where, [where], root_box("su"), root_box("sw"))
     try:
-        done = box.run("mount", "-t", "layerfs", "-o", f"{stack(box)},nodev,bogus", "image", box("m"))
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == "mount.layerfs: unknown argument ignored: bogus\n"
-        assert box.is_mounted()
-        done = box.run("umount", box("m"))
-        assert (done.returncode, done.stderr) == (0, "")
-        box.assert_gone()
-        done = box.run("mount", "-t", "layerfs", "-o", f"lowerdir={box('nope')}", "image", box("m"))
-        assert done.returncode == 32 and "no such directory" in done.stderr
+        yield root_box
     finally:
-        mounts.umount(sbin)
+        mounts.umount(where)
+
+
+def ends(box: Box) -> None:
+    done = box.run("umount", box("m"))
+    assert (done.returncode, done.stderr) == (0, "")
+    box.assert_gone()
+
+
+@pytest.mark.parametrize("kind", ["layerfs", "fuse.layerfs"])
+def test_the_mount_command(sbin: Box, kind: str) -> None:
+    box = sbin
+    done = box.run("mount", "-t", kind, "-o", f"{stack(box)},nodev,bogus", "image", box("m"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "mount.layerfs: unknown argument ignored: bogus\n"
+    assert box.is_mounted()
+    ends(box)
+    done = box.run("mount", "-t", kind, "-o", f"lowerdir={box('nope')}", "image", box("m"))
+    assert done.returncode == 32 and "no such directory" in done.stderr
+    done = box.run("mount", "-f", "-t", kind, "-o", stack(box), "image", box("m"))
+    assert (done.returncode, done.stderr) == (0, "") and not box.mounted()
+
+
+FSTAB_OPTIONS = (
+    "defaults,nofail,_netdev,x-systemd.requires-mounts-for=/srv,x-systemd.automount,x-systemd.device-timeout=5,"
+    "X-mount.mkdir,x-gvfs-hide,comment=layers"
+)
+
+
+@pytest.mark.parametrize("kind", ["layerfs", "fuse.layerfs"])
+@pytest.mark.parametrize("how", ["all", "target"])
+def test_fstab(sbin: Box, kind: str, how: str) -> None:
+    box = sbin
+    (box.dir / "fstab").write_text(f"image {box('m')} {kind} {FSTAB_OPTIONS},{stack(box)} 0 0\n")
+    done = box.run("mount", "-T", box("fstab"), *(["-a"] if how == "all" else [box("m")]))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert box.is_mounted() and box.run("cat", box("m/in-b")).stdout == "b"
+    if how == "all":  # what is mounted is known to be
+        again = box.run("mount", "-T", box("fstab"), "-a")
+        assert (again.returncode, again.stderr) == (0, "") or kind == "layerfs"
+    ends(box)
+
+
+def test_read_only_in_fstab(sbin: Box) -> None:
+    box = sbin
+    line = f"none {box('m')} layerfs ro,nosuid,noauto,lowerdir={box('a')}:{box('b')} 0 0\n"
+    (box.dir / "fstab").write_text(line)
+    assert box.run("mount", "-T", box("fstab"), "-a").returncode == 0 and not box.mounted()
+    done = box.run("mount", "-T", box("fstab"), box("m"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert box.run("touch", box("m/x")).returncode == 1
+    assert {"ro", "nosuid"} <= mounts.mount_options(box("m"))
+    ends(box)
+
+
+@pytest.mark.parametrize("sbin", [{"layerfs": mounts.layerfs_command()[0]}], indirect=True)
+def test_through_mount_fuse(sbin: Box) -> None:
+    """Without a helper of ours: mount(8) runs mount.fuse3(8), and that the `layerfs` in its PATH."""
+    box = sbin
+    if not os.path.exists("/sbin/mount.fuse"):
+        pytest.skip("no /sbin/mount.fuse (package fuse3)")
+    argv = [
+        "mount",
+        "-t",
+        "fuse.layerfs",
+        "-o",
+        f"{stack(box)},nofail,x-systemd.automount",
+        "image",
+        box("m"),
+    ]
+    done = box.run(*argv)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert box.is_mounted()
+    ends(box)
+    done = box.run("mount", "-t", "fuse.layerfs", "-o", f"lowerdir={box('nope')}", "image", box("m"))
+    assert done.returncode == 32 and "no such directory" in done.stderr
