@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--file-system",
         metavar="KIND",
-        help="work on a fresh file system of this kind: tmpfs, ext4, xfs, xfs-noreflink, btrfs (as root)",
+        help="work on a fresh one of this kind: tmpfs, overlay, ext4, xfs, xfs-noreflink, btrfs (as root)",
     )
     parser.addoption("--keep-stacks", action="store_true", help="do not delete the directories of the tests")
 

@@ -24,11 +24,16 @@ SIZE = 320 << 20
 
 
 def make_file_system(kind: str, size: int, image: Path, target: Path) -> None:
-    """Mounts a fresh file system on `target`: "tmpfs" or one of `MKFS`, of `size` bytes, which are taken from
-    `image` as they are written. Raises OSError, CalledProcessError.
+    """Mounts a fresh file system on `target`: "tmpfs", "overlay" (the kernel's) or one of `MKFS`, of `size`
+    bytes, which are taken from `image` as they are written. Raises OSError, CalledProcessError.
     """
     if kind == "tmpfs":
         mounts.mount("none", target, "tmpfs", data=f"size={size}")
+    elif kind == "overlay":
+        layers = [image / name for name in ("lower", "upper", "work")]
+        for layer in layers:
+            layer.mkdir(parents=True)
+        mounts.mount_overlay(target, layers[:1], layers[1], layers[2])
     else:
         with open(image, "wb") as file:
             file.truncate(size)

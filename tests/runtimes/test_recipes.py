@@ -1,7 +1,7 @@
 """The recipes of README.md, section "A root for chroot, runc, crun, bubblewrap", run as they stand there.
 
-`<!-- recipe: NAME -->` before a block: for root; NAME `anyone`: for an ordinary user too; NAME `user`: for one
-alone. Each is run between the recipes `mount` and `umount`.
+`<!-- recipe: NAME -->` before a block: for root; NAME `anyone`: for an ordinary user too; NAME `user`: for
+one alone. Each is run between the recipes `mount` and `umount`.
 """
 
 from __future__ import annotations
