@@ -32,7 +32,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("mounted", SYSTEMS, indirect=True, scope="module")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kind = config.getoption("--file-system")
     here = os.path.dirname(__file__)
     for item in items:
         if (
@@ -41,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             and hasattr(item, "callspec")
         ):
             system = str(item.callspec.params.get("mounted", ""))
-            if system and (reason := known.reason(item.name, system)):
+            if system and (reason := known.reason(item.name, system, kind)):
                 item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
 
 
