@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -26,13 +27,15 @@ from layerfs.vfs.attributes import Change, get_xattr, list_xattrs
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.files import DirectoryHandle, Files, Handle
-from layerfs.vfs.flatten import Flatten, Flattened
 from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.names import Names
 from layerfs.vfs.namespace import Namespace, New
 from layerfs.vfs.node import File, Node
 from layerfs.vfs.rename import Rename
 from layerfs.vfs.tree import Attributes, Tree, fail
+
+if TYPE_CHECKING:
+    from layerfs.vfs.flatten import Flattened
 
 #: As long as a link's target can be.
 PATH_MAX = 4096
@@ -113,6 +116,8 @@ class Vfs:
 
     async def flatten(self) -> Flattened:
         """In place of a mount's life: see `vfs.flatten`. Raises OSError."""
+        from layerfs.vfs.flatten import Flatten
+
         parts = self._write()
         return await Flatten(self.tree, parts.upper, parts.copyup, parts.rename).run()
 
