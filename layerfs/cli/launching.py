@@ -80,7 +80,7 @@ def mount(
     """
     global _ahead
     from layerfs.overlay.options import kernel_mount_options
-    from layerfs.runtime import preflight
+    from layerfs.runtime import predecessor, preflight
     from layerfs.runtime.mounts import absolute
     from layerfs.vfs.checks import check_stack
 
@@ -124,6 +124,8 @@ def mount(
     if config.upper is not None and config.work is None and not config.read_only:
         config = _with_default_work(config)
     try:
+        if config.work is not None and not config.read_only:
+            predecessor.wait_until_gone(config.work)
         check_stack(config, mountpoint)
         if fake:
             return

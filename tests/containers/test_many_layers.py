@@ -86,8 +86,8 @@ def test_many_layers(store: Store) -> None:
     last = LAYERS - 1
     kept = [n for n in range(1, LAYERS) if n % 3 or n + 3 >= LAYERS]
     with lowers_guard(directories):
-        work = f"cd /many; echo *; echo dir/*; mv dir moved; echo x >>moved/{last}; rm 1; cat moved/{last}; ls | wc -l"
-        said = store.podman("run", "--name", "many", image, "sh", "-c", work).splitlines()
+        work = "cd /many; echo *; echo dir/*; mv dir moved; echo x >>moved/$0; rm 1; cat moved/$0; ls | wc -l"
+        said = store.podman("run", "--name", "many", image, "sh", "-c", work, str(last)).splitlines()
         assert len(store.calls()[-1]) > 4096
         assert said[0].split() == sorted([*map(str, kept), "dir"])
         assert said[1].split() == sorted(f"dir/{n}" for n in range((LAYERS - 1) // 10 * 10, LAYERS))
