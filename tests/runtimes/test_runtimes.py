@@ -60,11 +60,26 @@ umount /mnt/d; umount /usr/share/doc; umount /etc/hostname; umount /mnt
 ls /mnt /usr/share/doc; wc -c </etc/hostname
 mount --bind / /mnt && ls /mnt/etc && touch /mnt/etc/through && ls /etc/through && umount /mnt
 """
+# As an engine in the container does it: lowers in the root, upper on a volume; and an upper in the root.
+OVERLAY = """
+mount -t tmpfs none /mnt && mkdir /mnt/u /mnt/w /mnt/m && echo mounted
+mount -t overlay none -o lowerdir=/usr/share:/etc,upperdir=/mnt/u,workdir=/mnt/w /mnt/m && ls /mnt/m
+echo x >/mnt/m/motd; rm /mnt/m/issue; mv /mnt/m/hostname /mnt/m/doc/; ls /mnt/m /mnt/m/doc
+cat /etc/motd /mnt/m/motd; chmod 600 /mnt/m/passwd; ln /mnt/m/doc/a /mnt/m/c; stat -c '%n %a %s' /mnt/m/passwd /mnt/m/c /etc/passwd
+umount /mnt/m; ls /mnt/u; umount /mnt
+"""
 READ_ONLY = """
 touch /x; echo x >/etc/motd; rm /etc/issue; mkdir /d; mv /usr /usr2; chmod 600 /etc/motd; ln /etc/motd /etc/m
 cat /etc/motd; ls /usr/share/doc; mount -t tmpfs none /mnt && touch /mnt/x && ls /mnt; : >/devices/null; ls /
 """
-SCRIPTS = {"files": FILES, "owners": OWNERS, "suid": SUID, "devices": DEVICES, "mounts": MOUNTS}
+SCRIPTS = {
+    "files": FILES,
+    "owners": OWNERS,
+    "suid": SUID,
+    "devices": DEVICES,
+    "mounts": MOUNTS,
+    "overlay": OVERLAY,
+}
 
 
 def control(runtime: Runtime, root: Path, script: str, *, run: runtimes.Runner = run_here, ro: bool = False):
@@ -114,6 +129,11 @@ def test_devices_work(make_mount: Make) -> None:
     done = runtimes.ALL[0].start(make_mount().mnt, DEVICES, False, run_here)
     assert "00 00 00 00" in done.stdout and "No space left on device" in done.stderr, done
     assert "gone" not in done.stdout and "/devices/null2 character special file 1 3" in done.stdout
+
+
+def test_kernel_overlay_in_the_root(make_mount: Make, kernel_overlay: None) -> None:
+    done = runtimes.ALL[0].start(make_mount().mnt, OVERLAY, False, run_here)
+    assert done.stderr == "" and "welcome\nx\n" in done.stdout and "/mnt/m/passwd 600 " in done.stdout
 
 
 @pytest.mark.parametrize("by", ["runtime", "mount"])
