@@ -65,7 +65,8 @@ OVERLAY = """
 mount -t tmpfs none /mnt && mkdir /mnt/u /mnt/w /mnt/m && echo mounted
 mount -t overlay none -o lowerdir=/usr/share:/etc,upperdir=/mnt/u,workdir=/mnt/w /mnt/m && ls /mnt/m
 echo x >/mnt/m/motd; rm /mnt/m/issue; mv /mnt/m/hostname /mnt/m/doc/; ls /mnt/m /mnt/m/doc
-cat /etc/motd /mnt/m/motd; chmod 600 /mnt/m/passwd; ln /mnt/m/doc/a /mnt/m/c; stat -c '%n %a %s' /mnt/m/passwd /mnt/m/c /etc/passwd
+cat /etc/motd /mnt/m/motd; chmod 600 /mnt/m/passwd; ln /mnt/m/doc/a /mnt/m/c
+stat -c '%n %a %s' /mnt/m/passwd /mnt/m/c /etc/passwd
 umount /mnt/m; ls /mnt/u; umount /mnt
 """
 READ_ONLY = """
