@@ -38,9 +38,8 @@ _TYPES: Final = {
     "char": stat.S_IFCHR,
 }
 _NAMES: Final = {kind: name for name, kind in _TYPES.items()}
-_VALUE: Final = re.compile(
-    rb"([0-9]{1,10}):([0-9]{1,10}):([0-7]{1,7})(?::([a-z]+)(?:-([0-9]{1,10})-([0-9]{1,10}))?)?"
-)
+#: Not compiled before it is needed: it would be a millisecond of every start.
+_VALUE: Final = rb"([0-9]{1,10}):([0-9]{1,10}):([0-7]{1,7})(?::([a-z]+)(?:-([0-9]{1,10})-([0-9]{1,10}))?)?"
 _MAX_ID: Final = 0xFFFFFFFE
 _DEVICES: Final = ("block", "char")
 
@@ -68,7 +67,7 @@ def encode(override: Override) -> bytes:
 
 def decode(value: bytes) -> Override | None:
     """None for what is no such value."""
-    found = _VALUE.fullmatch(value.rstrip(b"\0"))
+    found = re.fullmatch(_VALUE, value.rstrip(b"\0"))
     if found is None:
         return None
     uid, gid, mode = int(found[1]), int(found[2]), int(found[3], 8)
