@@ -19,8 +19,8 @@ SYSTEMS: dict[str, Callable[[Stack], Mounted]] = {
     "fuse-overlayfs": FuseOverlayfs,
     "kernel": lambda stack: KernelOverlay(stack, "redirect_dir=off,metacopy=off,index=off"),
 }
-#: What each does: (rename of a lower directory, both names of a hard link show a write in the next mount, data
-#: copied by a chmod, `.wh.` hides). What fuse-overlayfs does to the names shows in podman's commit alone
+#: What each does: (rename of a lower directory, both names of a hard link show a write in the next mount,
+#: data copied by a chmod, `.wh.` hides). What fuse-overlayfs does to the names shows in podman's commit alone
 #: (`test_podman.py`).
 ROWS = {
     "layerfs": ("renamed", True, False, True),
