@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,8 @@ from tests.support import mounts
 from tests.support.stack import Stack, scratch_root, set_scratch_root
 
 _namespace: str | None = "not tried"
+#: What holds the file system of --file-system.
+_holder: Path | None = None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="have the kernel drop dentries, inodes and pages all the time: names must not get lost",
     )
+    parser.addoption(
+        "--file-system",
+        metavar="KIND",
+        help="work on a fresh one of this kind: tmpfs, overlay, ext4, xfs, xfs-noreflink, btrfs (as root)",
+    )
     parser.addoption("--keep-stacks", action="store_true", help="do not delete the directories of the tests")
 
 
@@ -43,6 +51,30 @@ def pytest_configure(config: pytest.Config) -> None:
     _namespace = (
         "shared, as asked" if config.getoption("--shared-mounts") else mounts.private_mount_namespace()
     )
+    if kind := config.getoption("--file-system"):
+        _work_on(kind)
+
+
+def _work_on(kind: str) -> None:
+    """All stacks of this run lie on a new file system, which goes with the mount namespace."""
+    from tests.overlay.loops import make_file_system
+
+    global _holder
+    if _namespace is not None:
+        pytest.exit(f"--file-system needs a mount namespace of its own: {_namespace}", returncode=4)
+    _holder = scratch_root()
+    target = _holder / kind
+    target.mkdir()
+    try:
+        make_file_system(kind, 4 << 30, _holder / "image", target)
+    except KeyError:
+        shutil.rmtree(_holder)
+        pytest.exit(f"--file-system {kind}: no such kind", returncode=4)
+    except (OSError, subprocess.CalledProcessError) as error:
+        shutil.rmtree(_holder)
+        pytest.exit(f"skipped: {kind} cannot be had here: {error}", returncode=0)
+    os.environ["LAYERFS_TEST_ORACLES"] = str(_holder)
+    set_scratch_root(target)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -62,6 +94,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         if not [m for m in mounts.mounts_below(root) if m[0] != str(root)]:
             shutil.rmtree(root, ignore_errors=True)
         set_scratch_root(None)
+    if _holder is not None:
+        mounts.umount(_holder / config.getoption("--file-system"), mounts.MNT_DETACH)
+        shutil.rmtree(_holder, ignore_errors=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -107,7 +107,7 @@ def mount(
     """
     global _ahead
     from layerfs.overlay.options import kernel_mount_options
-    from layerfs.runtime import preflight
+    from layerfs.runtime import predecessor, preflight
     from layerfs.runtime.mounts import absolute
     from layerfs.vfs.checks import check_stack
 
@@ -115,8 +115,13 @@ def mount(
         raise UsageError("--ephemeral makes its own upper and work directory: leave out --upper and --work")
     if options.work and not options.upper:
         raise UsageError("a work directory needs an upper directory")
+    lowers = [absolute(lower) for lower in options.lowers]
+    if options.owners:
+        from layerfs.runtime.idmapped import without_idmap
+
+        lowers = [without_idmap(lower) for lower in lowers]
     config = StackConfig(
-        lowers=tuple(absolute(lower) for lower in options.lowers),
+        lowers=tuple(lowers),
         upper=absolute(options.upper) if options.upper else None,
         work=absolute(options.work) if options.work else None,
         volatile=options.volatile or ephemeral,
@@ -124,6 +129,10 @@ def mount(
         metacopy=options.metacopy is not False,
         userxattr=options.userxattr,
         read_only=options.read_only,
+        owners=options.owners,
+        xattr_permissions=options.xattr_permissions,
+        xattrs=options.xattrs,
+        acl=options.acl,
     )
     fuse_options, notes = kernel_mount_options(
         options,
@@ -144,6 +153,8 @@ def mount(
     if config.upper is not None and config.work is None and not config.read_only:
         config = _with_default_work(config)
     try:
+        if config.work is not None and not config.read_only:
+            predecessor.wait_until_gone(config.work)
         check_stack(config, mountpoint)
         if fake:
             return
@@ -161,6 +172,19 @@ def mount(
         _ahead = _ahead or fork_daemon(load_serve)
         _ahead.start(request)
         _ahead.keep_and_exit()
+    finally:
+        _undo()
+
+
+@contextmanager
+def work_directory(config: StackConfig) -> Iterator[StackConfig]:
+    """`config` with a work directory for as long as this takes: the default one is made if need be, and
+    unmade. Raises MountError.
+    """
+    if config.work is None:
+        config = _with_default_work(config)
+    try:
+        yield config
     finally:
         _undo()
 

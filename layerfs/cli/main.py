@@ -13,6 +13,12 @@ from layerfs.cli.commands import COMMANDS
 
 def main() -> int:
     arguments = sys.argv[1:]
+    if len(arguments) == 4 and arguments[2] == "-o" and arguments[0] not in COMMANDS:
+        # As mount.fuse3(8) runs the program of `fuse.layerfs`, where mount(8) finds no helper of ours:
+        # SOURCE MOUNTPOINT -o OPTIONS.
+        from layerfs.cli import mount_helper
+
+        return mount_helper.main()
     command = next((each for each in arguments if not each.startswith("-")), "")
     program = f"layerfs {command}" if command in COMMANDS else "layerfs"
     return talk.run(program, lambda: _run(arguments))

@@ -1,12 +1,12 @@
 """`mount.layerfs`: the form in which mount(8), podman and buildah ask for a mount. Translates arguments,
 nothing else.
 
-    mount.layerfs SOURCE MOUNTPOINT [-sfnv] [-N NS] [-t TYPE] [-o OPTS]     mount(8): -f is "fake", mounts
-    nothing mount.layerfs [-o OPTS] [-f] [-d] MOUNTPOINT                            fuse-overlayfs: -f is
-    "foreground"
+    mount.layerfs SOURCE MOUNTPOINT [-sfnv] [-N NS] [-t TYPE] [-o OPTS]   mount(8): -f is "fake", no mount
+    mount.layerfs [-o OPTS] [-f] [-d] MOUNTPOINT                fuse-overlayfs: -f is "foreground"
 
-The number of names tells the two apart: mount(8) always gives a source. Parsed by hand: getopt's rules,
-options and names in any order, and a caller that starts hundreds of containers should not pay for click.
+The number of names tells the two apart: mount(8) always gives a source. Exit codes go by that too: mount(8)'s
+own, or 1 for everything, as fuse-overlayfs has it. Parsed by hand: getopt's rules, options and names in any
+order, and a caller that starts hundreds of containers should not pay for click.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from layerfs.errors import UsageError
 PROGRAM = "mount.layerfs"
 #: mount(8), "EXIT STATUS".
 USAGE, BUG, FAILED = 1, 4, 32
+#: fuse-overlayfs knows this one alone, so a caller that speaks to it gets no other.
+_FUSE_OVERLAYFS_FAILED = 1
 
 _USAGE = """\
 Usage: mount.layerfs [SOURCE] MOUNTPOINT -o lowerdir=A:B[,upperdir=U,workdir=W][,OPTIONS]
@@ -46,9 +48,9 @@ class Arguments:
     ignored: list[str] = field(default_factory=list)
 
 
-def parse_arguments(arguments: list[str]) -> Arguments:
-    """Raises UsageError when the value of an option is missing."""
-    parsed = Arguments()
+def parse_arguments(arguments: list[str], into: Arguments | None = None) -> Arguments:
+    """Raises UsageError when the value of an option is missing; `into` then has what stood before it."""
+    parsed = into if into is not None else Arguments()
     rest = iter(arguments)
     for argument in rest:
         if argument == "--":
@@ -79,12 +81,18 @@ def parse_arguments(arguments: list[str]) -> Arguments:
 
 def main() -> int:
     arguments = sys.argv[1:]
-    code = talk.run(PROGRAM, lambda: _run(arguments))
-    return {2: USAGE, talk.INTERNAL: BUG, 1: FAILED}.get(code, code)
+    parsed = Arguments()
+
+    def run() -> int:
+        parse_arguments(arguments, parsed)
+        return _run(parsed)
+
+    code = talk.run(PROGRAM, run)
+    failed = FAILED if len(parsed.names) == 2 else _FUSE_OVERLAYFS_FAILED
+    return {2: USAGE, talk.INTERNAL: BUG, 1: failed}.get(code, code)
 
 
-def _run(arguments: list[str]) -> int:
-    parsed = parse_arguments(arguments)
+def _run(parsed: Arguments) -> int:
     if "h" in parsed.flags:
         print(_USAGE, end="")
         return 0

@@ -18,7 +18,7 @@ from layerfs.fdutil.syscalls import (
     renameat2,
     syncfs,
 )
-from layerfs.fdutil.xattrs import at_path, fd_path, lgetxattr, lsetxattr
+from layerfs.fdutil.xattrs import at_path, fd_path, lgetxattr, lsetxattr, proc_path, stand_in_proc
 
 __all__ = [
     "RENAME_EXCHANGE",
@@ -41,6 +41,8 @@ __all__ = [
     "lsetxattr",
     "name_to_handle",
     "openat2",
+    "proc_path",
     "renameat2",
+    "stand_in_proc",
     "syncfs",
 ]

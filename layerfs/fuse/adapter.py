@@ -66,8 +66,8 @@ def _entry(attributes: Attributes) -> EntryAttributes:
     entry.attr_timeout = FOR_EVER
     entry.st_mode = st.st_mode
     entry.st_nlink = attributes.nlink
-    entry.st_uid = st.st_uid
-    entry.st_gid = st.st_gid
+    entry.st_uid = attributes.uid
+    entry.st_gid = attributes.gid
     entry.st_rdev = st.st_rdev
     entry.st_size = st.st_size
     entry.st_blksize = st.st_blksize

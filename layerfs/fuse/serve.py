@@ -13,13 +13,14 @@ import trio
 
 import layerfs
 from layerfs.errors import MountError
-from layerfs.fdutil import OwnedFd, syncfs
+from layerfs.fdutil import syncfs
 from layerfs.fuse.adapter import Operations
-from layerfs.overlay.names import TRUSTED, USER, XattrNames
+from layerfs.overlay.names import XattrNames
 from layerfs.stack import Stack
 from layerfs.upper.upper import Upper
 from layerfs.vfs import checks
 from layerfs.vfs.config import StackConfig
+from layerfs.vfs.prefix import find_prefix
 from layerfs.vfs.vfs import Vfs
 
 log = logging.getLogger("layerfs.fuse")
@@ -37,14 +38,16 @@ def serve(
     """
     os.umask(0)
     checks.check_stack(config, mountpoint)
-    prefix = _prefix(config)
+    prefix = find_prefix(config)
     names = XattrNames(prefix)
-    stack = Stack(config.lowers, config.upper, names, pool_capacity=_pool_capacity())
+    permissions = config.xattr_permissions
+    stack = Stack(config.lowers, config.upper, names, _pool_capacity(), xattr_permissions=permissions)
     upper = None
     if stack.upper is not None and not config.read_only:
         assert config.work is not None, "checked"
         upper = Upper(stack.upper, config.work, names, volatile=config.volatile)
     operations = Operations(_describer(config, stack, upper, prefix))
+    operations.enable_acl = config.acl
     try:
         pyfuse3.init(operations, mountpoint, fuse_options)
     except RuntimeError as error:
@@ -66,7 +69,13 @@ async def _main(
 ) -> None:
     async with trio.open_nursery() as nursery:
         operations.vfs = Vfs(
-            stack, upper, nursery, redirect_dir=config.redirect_dir, metacopy=config.metacopy
+            stack,
+            upper,
+            nursery,
+            redirect_dir=config.redirect_dir,
+            metacopy=config.metacopy,
+            owners=config.owners,
+            xattrs=config.xattrs,
         )
         operations.vfs.tree.attributes_moved = operations.attributes_moved
         await operations.vfs.start()
@@ -107,15 +116,6 @@ def _finish(upper: Upper | None) -> None:
             upper.work.clear_volatile()
     except OSError as error:
         log.error("the upper could not be synced: %s", error.strerror)
-
-
-def _prefix(config: StackConfig) -> str:
-    if config.userxattr is not None:
-        return USER if config.userxattr else TRUSTED
-    if config.upper is None or config.read_only or config.work is None:
-        return TRUSTED if os.geteuid() == 0 else USER
-    work = OwnedFd(os.open(config.work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    return checks.probe(work.fd).prefix or USER
 
 
 def _pool_capacity() -> int:

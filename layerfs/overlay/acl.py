@@ -1,4 +1,4 @@
-"""POSIX ACLs in their xattr form, as far as inheritance needs them.
+"""POSIX ACLs in their xattr form, as far as inheritance and mapped owners need them.
 
 Source: include/uapi/linux/posix_acl_xattr.h; POSIX.1e 23.1.2 "Object creation and default ACL";
 fs/posix_acl.c posix_acl_create_masq.
@@ -7,6 +7,7 @@ fs/posix_acl.c posix_acl_create_masq.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Final
 
 ACCESS: Final = "system.posix_acl_access"
@@ -29,13 +30,9 @@ def inherit(default: bytes, mode: int) -> tuple[int, bytes | None]:
     `default` is the xattr's value, `mode` the mode asked for. Returns the mode it really gets (type and high
     bits kept) and the value of its access ACL, or None when the mode says it all. Raises ValueError when
     `default` is not an ACL."""
-    if (
-        len(default) < _HEADER.size
-        or _HEADER.unpack_from(default)[0] != _VERSION
-        or (len(default) - 4) % _ENTRY.size
-    ):
+    entries = _entries(default)
+    if entries is None:
         raise ValueError("not a POSIX ACL")
-    entries = [list(entry) for entry in _ENTRY.iter_unpack(default[_HEADER.size :])]
     has_mask = any(tag == _MASK for tag, _, _ in entries)
     new = mode & ~0o777
     for entry in entries:
@@ -51,4 +48,36 @@ def inherit(default: bytes, mode: int) -> tuple[int, bytes | None]:
             new |= entry[1]
     if not has_mask and all(tag not in (_USER, _GROUP) for tag, _, _ in entries):
         return new, None
-    return new, _HEADER.pack(_VERSION) + b"".join(_ENTRY.pack(*entry) for entry in entries)
+    return new, _packed(entries)
+
+
+def translate(
+    value: bytes, uid: Callable[[int], int | None], gid: Callable[[int], int | None]
+) -> bytes | None:
+    """`value` with the ids of its named users and groups put through `uid` and `gid`; None when one of these
+    says None. What is no ACL comes back as it is."""
+    entries = _entries(value)
+    if entries is None:
+        return value
+    for entry in entries:
+        if entry[0] in (_USER, _GROUP):
+            mapped = (uid if entry[0] == _USER else gid)(entry[2])
+            if mapped is None:
+                return None
+            entry[2] = mapped
+    # Named entries stand in the order of their ids, as everything that writes ACLs has them.
+    entries.sort(key=lambda entry: (entry[0], entry[2]))
+    return _packed(entries)
+
+
+def _entries(value: bytes) -> list[list[int]] | None:
+    """Tag, permissions and id of each entry; None when this is no ACL."""
+    if len(value) < _HEADER.size or _HEADER.unpack_from(value)[0] != _VERSION:
+        return None
+    if (len(value) - _HEADER.size) % _ENTRY.size:
+        return None
+    return [list(entry) for entry in _ENTRY.iter_unpack(value[_HEADER.size :])]
+
+
+def _packed(entries: list[list[int]]) -> bytes:
+    return _HEADER.pack(_VERSION) + b"".join(_ENTRY.pack(*entry) for entry in entries)

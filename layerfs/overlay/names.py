@@ -10,9 +10,14 @@ from typing import Final
 TRUSTED: Final = "trusted.overlay."
 USER: Final = "user.overlay."
 
+#: On the root of an upper whose marks are `user.` ones: says so to whoever could set the other kind.
+USER_UPPER: Final = USER + "layerfs.upper"
+
 #: Marks of fuse-overlayfs and containers/storage: read where DESIGN says so, never shown, never set through a
 #: mount.
-FOREIGN: Final = ("user.fuseoverlayfs.", "user.containers.override_stat")
+FOREIGN: Final = ("user.fuseoverlayfs.", "security.fuseoverlayfs.", "user.containers.override_stat")
+#: What is ours alone is no user's under the other prefix either (both forms, that of a user's own too).
+_OURS: Final = (USER_UPPER, USER + "overlay.layerfs.upper")
 
 #: Forms in which others mark a directory opaque; honoured in lower layers beside our own.
 FOREIGN_OPAQUE: Final = ("trusted.overlay.opaque", "user.overlay.opaque", "user.fuseoverlayfs.opaque")
@@ -44,13 +49,13 @@ class XattrNames:
 
         Only the mount's own prefix is special, as in the kernel: under `trusted.` a `user.overlay.X` is a
         user's xattr like any other (it is no mark in this mount, so it steers nothing)."""
-        if stored.startswith((self.prefix, *FOREIGN)):
+        if stored.startswith((self.prefix, *FOREIGN, *_OURS)):
             return shown(stored)
         return stored
 
     def stored(self, name: str) -> str | None:
         """Inverse of `shown`: where a user's xattr is kept; None when users may not have it."""
-        if name.startswith((self.prefix, *FOREIGN)):
+        if name.startswith((self.prefix, *FOREIGN, *_OURS)):
             return stored(name)
         return name
 

@@ -16,10 +16,14 @@ Newlines and all other bytes stand for themselves. Text is `str` with surrogate 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, Literal
 
 from layerfs.errors import UsageError
+from layerfs.overlay.owners import AS_STORED, IdMap, IdRange, Owners, parse_id, parse_ranges
 
 
 def _words(text: str) -> frozenset[str]:
@@ -49,12 +53,51 @@ _USERLAND = _words(
 )
 #: Kernel overlayfs options that change nothing here: layerfs gives what they switch on, whatever they say.
 _KERNEL_NO_EFFECT = _words("index nfs_export xino uuid")
-#: Options of fuse-overlayfs that callers pass and that change nothing here.
-_FUSE_OVERLAYFS_NO_EFFECT = _words(
-    "timeout threaded fsync fast_ino writeback noxattrs plugins static_nlink noacl ino32_t auto_unmount"
-)
-#: Their meaning must not be dropped silently: files would have the wrong owners.
-_UNSUPPORTED = _words("uidmapping gidmapping squash_to_uid squash_to_gid squash_to_root")
+
+
+class Verdict(Enum):
+    """What becomes of an option of fuse-overlayfs or of libfuse that callers pass."""
+
+    HONOURED = "does here what it does there"
+    IGNORED = "changes nothing that a user of the mount could miss; passed over in silence"
+    NOTED = "cannot be had, and a mount without it still shows the right tree; ignored with a note"
+    REFUSED = "ignoring it would show another tree"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`value` is how fuse-overlayfs declares the option: None for a bare word, else what stands behind `=`;
+    an option in another form is one that nobody knows, as it is there (fuse_opt(3))."""
+
+    verdict: Verdict
+    value: Literal["integer", "text"] | None
+    why: str
+
+
+#: Options of fuse-overlayfs (1.10 and later) that are not also the kernel's or mount(8)'s, decided one by
+#: one. Those with a meaning of their own in `parse_options` (lowerdir, uidmapping, volatile, …) are not here.
+FUSE_OVERLAYFS: Final[dict[str, Decision]] = {
+    "noacl": Decision(Verdict.HONOURED, None, "ACLs count no more when access is checked"),
+    "noxattrs": Decision(Verdict.HONOURED, "integer", "extended attributes give EOPNOTSUPP"),
+    "xattr_permissions": Decision(Verdict.HONOURED, "integer", "owners and modes kept in xattrs"),
+    "plugins": Decision(Verdict.REFUSED, "text", "a plugin would provide layers, and there are none"),
+    "ino32_t": Decision(Verdict.NOTED, None, "inode numbers have 64 bits, so that they stay the same"),
+    "auto_unmount": Decision(Verdict.NOTED, None, "the next mount or `layerfs umount` clears a dead mount"),
+    "timeout": Decision(Verdict.IGNORED, "text", "the kernel may cache for ever: only layerfs changes it"),
+    "threaded": Decision(Verdict.IGNORED, "integer", "long work is done in threads anyway"),
+    "fsync": Decision(Verdict.IGNORED, "integer", "fsync=0 costs time when ignored; volatile is honoured"),
+    "fast_ino": Decision(Verdict.IGNORED, "integer", "a check of inode numbers that is not needed"),
+    "writeback": Decision(Verdict.IGNORED, "integer", "a matter of speed"),
+    "static_nlink": Decision(Verdict.IGNORED, None, "links of a directory are never counted"),
+    "debug": Decision(Verdict.IGNORED, None, "LAYERFS_LOG=FILE keeps what the daemon has to say"),
+    "splice_read": Decision(Verdict.IGNORED, None, "libfuse's, a matter of speed"),
+    "splice_write": Decision(Verdict.IGNORED, None, "libfuse's, a matter of speed"),
+    "splice_move": Decision(Verdict.IGNORED, None, "libfuse's, a matter of speed"),
+    "kernel_cache": Decision(Verdict.IGNORED, None, "always so"),
+    "max_write": Decision(Verdict.IGNORED, None, "what the kernel offers is taken"),
+    "clone_fd": Decision(Verdict.IGNORED, None, "libfuse's, a matter of speed"),
+    "max_idle_threads": Decision(Verdict.IGNORED, "integer", "libfuse's, a matter of speed"),
+}
 
 _BOOLEAN = {"on": True, "off": False}
 #: Kernel: `follow` and `nofollow` differ from `off` only in reading; nothing new is written under any of
@@ -74,22 +117,69 @@ class MountOptions:
     metacopy: bool | None = None
     userxattr: bool | None = None
     read_only: bool = False
+    owners: Owners = AS_STORED
+    #: Owner, mode and type are kept in xattrs: 0 not, 1 in `security.` ones, 2 in `user.` ones.
+    xattr_permissions: int = 0
+    #: Extended attributes can be read and set.
+    xattrs: bool = True
+    #: The kernel heeds ACLs.
+    acl: bool = True
     #: Options for the mount itself in the order of their last mention, e.g. `noatime`, `max_read=65536`.
     fuse: tuple[str, ...] = ()
     #: Access times were asked for by name, which takes back the default `noatime`.
     atime: bool = False
     #: Known to be fuse-overlayfs's and without effect here, as written.
     ineffective: tuple[str, ...] = ()
-    #: Known to nobody, as written.
+    #: Known to nobody, or not to be had (`Verdict.NOTED`), as written.
     unknown: tuple[str, ...] = ()
 
 
 @dataclass
+class _Mapping:
+    """What has been said of the ids of users, or of groups."""
+
+    ranges: tuple[IdRange, ...] = ()
+    squash: int | None = None
+
+    def done(self) -> IdMap:
+        return IdMap(self.ranges, self.squash)
+
+
+@dataclass
 class _Parsing:
+    uid: _Mapping = field(default_factory=_Mapping)
+    gid: _Mapping = field(default_factory=_Mapping)
     lowers: list[str] = field(default_factory=list)
     fuse: dict[str, str] = field(default_factory=dict)
     ineffective: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    xattr_permissions: int = 0
+    xattrs: bool = True
+    acl: bool = True
+
+    def of_fuse_overlayfs(self, option: str) -> None:
+        """One that `FUSE_OVERLAYFS` decides. Raises UsageError."""
+        name, equals, value = option.partition("=")
+        decision = FUSE_OVERLAYFS[name]
+        if bool(equals) != (decision.value is not None):
+            self.unknown.append(option)
+            return
+        if decision.value == "integer" and not re.fullmatch("[+-]?[0-9]{1,9}", value):
+            raise UsageError(f"option {option}: must be a number")
+        if name == "noacl":
+            self.acl = False
+        elif name == "noxattrs":
+            self.xattrs = int(value) == 0
+        elif name == "xattr_permissions":
+            if value not in ("0", "1", "2"):
+                raise UsageError(f"option {option}: must be 0, 1 or 2")
+            self.xattr_permissions = int(value)
+        elif decision.verdict is Verdict.NOTED:
+            self.unknown.append(option)
+        elif decision.verdict is Verdict.REFUSED and value:
+            raise UsageError(f"option {option}: {decision.why}")
+        else:
+            self.ineffective.append(option)
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -223,11 +313,12 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
         elif name == "data":
             if value != "python":
                 raise UsageError(f"option data={value or ''}: only data=python can be had without the gate")
-        elif name in _UNSUPPORTED:
-            raise UsageError(f"option {name}: mapping of owners is not supported")
-        elif name == "xattr_permissions":
-            if value not in (None, "0"):
-                raise UsageError(f"option {name}={value}: owners kept in xattrs are not supported")
+        elif name in ("uidmapping", "gidmapping"):
+            getattr(state, name[:3]).ranges = parse_ranges(name, value or "")
+        elif name in ("squash_to_uid", "squash_to_gid"):
+            getattr(state, name[-3:]).squash = parse_id(name, value)
+        elif name == "squash_to_root" and value in (None, "1"):
+            state.uid.squash = state.gid.squash = 0
         elif name in _MOUNT_FLAGS and value is None:
             state.fuse.pop(name, None)
             state.fuse.pop(_OPPOSITES.get(name, ""), None)
@@ -243,8 +334,8 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
             state.fuse[name] = option
         elif name in _USERLAND or name[:2] in ("x-", "X-") or name in _KERNEL_NO_EFFECT:
             pass
-        elif name in _FUSE_OVERLAYFS_NO_EFFECT:
-            state.ineffective.append(option)
+        elif name in FUSE_OVERLAYFS:
+            state.of_fuse_overlayfs(option)
         else:
             state.unknown.append(option)
     return MountOptions(
@@ -256,6 +347,10 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
         metacopy=metacopy,
         userxattr=userxattr,
         read_only=read_only,
+        owners=Owners(state.uid.done(), state.gid.done()),
+        xattr_permissions=state.xattr_permissions,
+        xattrs=state.xattrs,
+        acl=state.acl,
         fuse=tuple(state.fuse.values()),
         atime=atime,
         ineffective=tuple(state.ineffective),

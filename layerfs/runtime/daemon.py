@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from typing import NoReturn
 
 from layerfs.errors import LayerfsError, MountError
+from layerfs.overlay.owners import Owners
 from layerfs.vfs.config import StackConfig
 
 _READY = b"R"
@@ -63,6 +64,7 @@ class MountRequest:
     @staticmethod
     def decode(data: bytes) -> MountRequest:
         values = marshal.loads(data)
+        values["config"]["owners"] = Owners.from_dict(values["config"]["owners"])
         values["config"] = StackConfig(**values["config"])
         values["fuse_options"] = frozenset(values["fuse_options"])
         return MountRequest(**values)
@@ -177,6 +179,9 @@ def run_foreground(load: Loader, request: MountRequest, announce: Callable[[], N
             log = _open_log(request.log)
             os.dup2(log, 2)
             os.close(log)
+        from layerfs.fdutil import stand_in_proc
+
+        stand_in_proc()
         announce()
 
     try:
@@ -235,8 +240,10 @@ def _daemon(load: Loader, request_fd: int, status_fd: int, stderr: _CapturedStde
 
     def ready() -> None:
         nonlocal announced
+        from layerfs.fdutil import stand_in_proc  # not before the fork: the file system loads it anyway
+
         # From here on the caller's working directory is not ours to hold, and its stderr already is not.
-        os.chdir("/")
+        stand_in_proc()
         stderr.replace_by(log)
         announced = True
         _write_all(status_fd, _READY)

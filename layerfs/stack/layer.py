@@ -8,6 +8,7 @@ after it was opened.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -20,10 +21,12 @@ from layerfs.fdutil import (
     FdPool,
     OwnedFd,
     clone_mount,
+    fd_path,
     fs_uuid,
     openat2,
 )
 from layerfs.ids import LayerNumber
+from layerfs.overlay import override
 from layerfs.overlay.names import XattrNames
 
 #: Bytes of a path that are handed to the kernel in one piece.
@@ -37,7 +40,7 @@ class Layer:
     one in inode numbers.
     """
 
-    __slots__ = ("fd", "index", "number", "path", "root")
+    __slots__ = ("fd", "index", "number", "overrides", "path", "root")
 
     def __init__(self, path: str, index: int, number: LayerNumber) -> None:
         """Opens `path` (symbolic links in it are followed, as mount does). Raises LayerError."""
@@ -49,6 +52,9 @@ class Layer:
         self.path = os.path.realpath(path)
         self.index = index
         self.number = number
+        #: xattrs in which its objects keep owner, mode and type (`overlay.override`), in the order to look;
+        #: an upper's first one is written. Empty: the real ones count
+        self.overrides: tuple[str, ...] = ()
         self.root = LowerDir(self, b"", None)
         self.root.note_device(os.fstat(self.fd.fd).st_dev)
 
@@ -56,6 +62,34 @@ class Layer:
         """UUID of the layer's file system, as origin xattrs name it."""
         fd = OwnedFd(os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd.fd))
         return fs_uuid(fd.fd)
+
+    def find_overrides(self, option: int) -> None:
+        """Sets `overrides` by the mount's `xattr_permissions` and by what the layer's root carries.
+
+        Without the option only a layer whose root is this user's own is believed: anybody may set `user.`
+        xattrs on his own files, and they could say "root's, setuid" in somebody else's mount."""
+        path = fd_path(self.fd.fd)
+        try:
+            present = os.listxattr(path)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # a squashfs made without any
+                raise
+            present = []
+        found = override.carried_by(present)
+        if self.index < 0 and option:
+            self.overrides = override.names_of_upper(option, present)
+        elif found and (option or os.fstat(self.fd.fd).st_uid == os.geteuid()):
+            self.overrides = found
+
+    def shown(self, st: os.stat_result, path: bytes, *, follow: bool) -> os.stat_result:
+        """`st` of the layer's object at `path` as the layer means it."""
+        if override.may_carry(st):
+            for name in self.overrides:
+                try:
+                    return override.apply(st, os.getxattr(path, name, follow_symlinks=follow))
+                except OSError:
+                    continue  # ENODATA, mostly; what cannot be read says nothing
+        return st
 
     def __repr__(self) -> str:
         return f"<Layer {self.index} {self.path!r}>"
@@ -114,7 +148,13 @@ class Stack:
     """The lowers, top first, and the upper if there is one, opened."""
 
     def __init__(
-        self, lowers: Sequence[str], upper: str | None, names: XattrNames, pool_capacity: int = 128
+        self,
+        lowers: Sequence[str],
+        upper: str | None,
+        names: XattrNames,
+        pool_capacity: int = 128,
+        *,
+        xattr_permissions: int = 0,
     ) -> None:
         """Opens all layers. Raises LayerError naming the one that cannot be."""
         count = len(lowers)
@@ -124,6 +164,11 @@ class Stack:
         )
         self.upper = Layer(upper, -1, LayerNumber(0)) if upper is not None else None
         self.pool = FdPool(pool_capacity)
+        layers = self.lowers if self.upper is None else (self.upper, *self.lowers)
+        for layer in layers:
+            layer.find_overrides(xattr_permissions)
+        #: some layer keeps owners, modes and types in xattrs
+        self.overrides = any(layer.overrides for layer in layers)
 
     def open(self, directory: LowerDir) -> OwnedFd:
         """An O_PATH descriptor of `directory`. Raises OSError, ENOENT or ENOTDIR when the lower was changed

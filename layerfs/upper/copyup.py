@@ -15,9 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from layerfs.fdutil import OwnedFd, at_path, copy_data, fd_path
+from layerfs.overlay import override
 from layerfs.upper.steps import step
 from layerfs.upper.upper import Upper
 from layerfs.upper.work import remove_tree
+
+#: For opening what somebody may have replaced from outside: by a link, or by a fifo that would block.
+_NO_TRAP = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +77,17 @@ def make(
     fd: OwnedFd | None = None
     st = source.st
     try:
-        if stat.S_ISREG(st.st_mode):
+        if stat.S_ISREG(st.st_mode) or (upper.overrides and not stat.S_ISLNK(st.st_mode)):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             fd = OwnedFd(os.open(temporary, flags, 0o600, dir_fd=work))
             step("copyup.created")
             if data is not None and size:
                 copy_data(data.fd, fd.fd, size, cancelled)
-            else:
+            elif stat.S_ISREG(st.st_mode):
                 os.ftruncate(fd.fd, size)
             step("copyup.data")
         elif stat.S_ISLNK(st.st_mode):
-            os.symlink(os.readlink(source.name, dir_fd=source.directory.fd), temporary, dir_fd=work)
+            os.symlink(_target(source), temporary, dir_fd=work)
         else:
             os.mknod(temporary, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
         _copy_attributes(upper, source, temporary, metacopy=metacopy)
@@ -96,6 +100,17 @@ def make(
         remove_tree(work, temporary)
         raise
     return Copy(temporary, fd, result)
+
+
+def _target(source: Source) -> bytes:
+    try:
+        return os.readlink(source.name, dir_fd=source.directory.fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    # A layer may keep a link as a file with its target in it (`overlay.override`).
+    fd = OwnedFd(os.open(source.name, os.O_RDONLY | _NO_TRAP, dir_fd=source.directory.fd))
+    return os.pread(fd.fd, 4096, 0)
 
 
 def fill(upper: Upper, target: OwnedFd, data: OwnedFd, size: int, cancelled: Callable[[], bool]) -> None:
@@ -140,8 +155,9 @@ def _copy_attributes(upper: Upper, source: Source, temporary: bytes, *, metacopy
     st = source.st
     path = at_path(work, temporary)
     made = os.stat(temporary, dir_fd=work, follow_symlinks=False)
-    if (st.st_uid, st.st_gid) != (made.st_uid, made.st_gid):
-        os.chown(temporary, st.st_uid, st.st_gid, dir_fd=work, follow_symlinks=False)
+    own = upper.overrides and override.may_carry(made)
+    if not own and (st.st_uid, st.st_gid) != (made.st_uid, made.st_gid):
+        upper.chown(work, temporary, st.st_uid, st.st_gid)
     _copy_xattrs(upper, source, path)
     names = upper.names
     if metacopy:
@@ -151,7 +167,10 @@ def _copy_attributes(upper: Upper, source: Source, temporary: bytes, *, metacopy
         upper.record_ino(work, temporary, source.ino)
         if st.st_nlink > 1:
             _optional(lambda: os.setxattr(path, names.nlink, b"U+0", follow_symlinks=False))
-    if not stat.S_ISLNK(st.st_mode):
+    if own:
+        upper.keep(path, st, follow=False)
+        upper.set_real_mode(path, st.st_mode, is_dir=stat.S_ISDIR(st.st_mode))
+    elif not stat.S_ISLNK(st.st_mode):
         os.chmod(path, stat.S_IMODE(st.st_mode))
     os.utime(temporary, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=work, follow_symlinks=False)
 

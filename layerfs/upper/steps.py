@@ -29,6 +29,10 @@ NAMES: Final = (
     "rename.cleared",  # the target directory holds no whiteouts any more
     "rename.whiteout",  # (file form of whiteouts) the old name is hidden
     "rename.renamed",  # moved
+    # a directory stops merging (redirect_dir=off, `layerfs flatten`):
+    "whole.opaque",  # what it had below is in the upper, and it hides the lowers
+    "whole.redirect",  # it names no other place any more
+    "whole.whiteouts",  # whiteouts that mean nothing now, or stand in another form, are gone
     "remove.cleared",  # the directory holds no whiteouts any more
     "remove.done",  # it is gone
 )

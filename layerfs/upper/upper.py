@@ -27,8 +27,8 @@ from layerfs.fdutil import (
     name_to_handle,
     renameat2,
 )
-from layerfs.overlay import origin, redirect, whiteout
-from layerfs.overlay.names import XattrNames
+from layerfs.overlay import acl, origin, override, redirect, whiteout
+from layerfs.overlay.names import USER, USER_UPPER, XattrNames
 from layerfs.stack import Layer, Merged
 from layerfs.upper import journal
 from layerfs.upper.inode_log import InodeLog
@@ -62,6 +62,7 @@ class Upper:
             self.work.empty()
             self.inode_log = InodeLog(self.work.state)
             self.ability = self._probe()
+            self._say_prefix()
             if volatile:
                 self.work.mark_volatile()
         except OSError as error:
@@ -72,6 +73,18 @@ class Upper:
             )
         self._whiteout: bytes | None = None
         self._uuids: dict[int, bytes | None] = {}
+
+    def _say_prefix(self) -> None:
+        """So that whoever may set both kinds of marks goes on with this one. Helps only: not where the root
+        is somebody else's, or takes none (which is said by the probe).
+        """
+        if self.names.prefix == USER:
+            try:
+                if USER_UPPER not in os.listxattr(fd_path(self.root.fd)):
+                    os.setxattr(fd_path(self.root.fd), USER_UPPER, b"y")
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP):
+                    raise
 
     # -- probing ----------------------------------------------------------------------------------
 
@@ -107,6 +120,60 @@ class Upper:
         finally:
             remove_tree(work, one)
             remove_tree(work, two)
+
+    # -- attributes -------------------------------------------------------------------------------
+
+    @property
+    def overrides(self) -> bool:
+        """Whether owner, mode and type are kept in an xattr, and real ones are this process's own."""
+        return bool(self.layer.overrides)
+
+    def stat(self, fd: OwnedFd) -> os.stat_result:
+        """Of an object of the upper that is open, as the upper means it."""
+        return self.layer.shown(os.fstat(fd.fd), fd_path(fd.fd), follow=True)
+
+    def keep(self, path: bytes, st: os.stat_result, *, follow: bool) -> None:
+        """Has the regular file or directory at `path` shown as `st` says. Raises OSError."""
+        written, *others = self.layer.overrides
+        value = override.encode(override.of(st))
+        os.setxattr(path, written, value, follow_symlinks=follow)
+        for other in others:  # which would be read by somebody who looks for that one first
+            try:
+                os.removexattr(path, other, follow_symlinks=follow)
+            except OSError as error:
+                if error.errno not in _NO_XATTR:
+                    raise
+
+    def set_real_mode(self, path: bytes, mode: int, *, is_dir: bool) -> None:
+        """The real mode of something that is kept as `mode`: private, but with an ACL, which the real bits
+        are a part of, as it says. Raises OSError.
+        """
+        try:
+            os.getxattr(path, acl.ACCESS)
+        except OSError:
+            mode = override.private_mode(mode, is_dir=is_dir)
+        os.chmod(path, mode & 0o777)
+
+    def chown(self, directory: int, name: bytes, uid: int, gid: int) -> None:
+        """Of an object that keeps its owner itself: anything, or only links where others have it in an xattr;
+        there it is given where it can be. Raises OSError.
+        """
+        try:
+            os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
+        except PermissionError:
+            if not self.overrides:
+                raise
+
+    def change_mode(self, fd: OwnedFd, change: Callable[[int], int]) -> None:
+        """Puts the mode of an open object through `change`. Raises OSError."""
+        st = self.stat(fd)
+        mode = change(st.st_mode)
+        if mode == st.st_mode:
+            return
+        if self.overrides:
+            self.keep(fd_path(fd.fd), override.changed(st, mode=stat.S_IMODE(mode)), follow=True)
+        else:
+            os.fchmod(fd.fd, stat.S_IMODE(mode))
 
     # -- marks ------------------------------------------------------------------------------------
 
@@ -331,12 +398,16 @@ class Upper:
 
     def drop_whiteouts(self, directory: OwnedFd, merged: Merged) -> None:
         """Removes the whiteouts in a directory that has just become opaque: none stand inside an opaque
-        one.
+        one. Not a change of what it shows, so its times stay.
         """
+        if not merged.devices and not merged.marks:
+            return
+        before = os.fstat(directory.fd)
         for name in merged.devices:
             remove_tree(directory.fd, name)
         for name in merged.marks:
             remove_tree(directory.fd, whiteout.PREFIX + name)
+        os.utime(fd_path(directory.fd), ns=(before.st_atime_ns, before.st_mtime_ns))
         merged.devices.clear()
         merged.marks.clear()
 

@@ -17,7 +17,7 @@ import os
 import stat
 
 from layerfs.errors import BusyError, MountError
-from layerfs.fdutil import OwnedFd
+from layerfs.fdutil import OwnedFd, at_path
 from layerfs.overlay import acl
 
 #: Lock file in the work directory, held with flock(2) by a live mount; so is the upper directory itself.
@@ -85,7 +85,7 @@ class WorkDir:
 
     def mark_volatile(self) -> None:
         """Raises OSError."""
-        os.makedirs(f"/proc/self/fd/{self.fd.fd}/incompat/volatile", 0o700)
+        os.makedirs(at_path(self.fd.fd, b"incompat/volatile"), 0o700)
 
     def clear_volatile(self) -> None:
         """The mount ended cleanly and everything was written: the upper may be trusted again."""
@@ -146,5 +146,5 @@ def _open_to_empty(parent: int, name: bytes) -> OwnedFd:
         return OwnedFd(os.open(name, _DIRECTORY, dir_fd=parent))
     except PermissionError:
         # Only when need be: somebody may have it open and look at its mode.
-        os.chmod(b"/proc/self/fd/%d/%b" % (parent, name), 0o700)
+        os.chmod(at_path(parent, name), 0o700)
         return OwnedFd(os.open(name, _DIRECTORY, dir_fd=parent))

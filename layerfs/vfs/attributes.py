@@ -8,8 +8,9 @@ import stat
 from dataclasses import dataclass
 
 from layerfs.fdutil import OwnedFd, fd_path
-from layerfs.overlay import acl
+from layerfs.overlay import acl, override
 from layerfs.overlay.names import XattrNames
+from layerfs.overlay.owners import CAPABILITY
 from layerfs.upper.upper import Upper
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp, without_setid
@@ -42,8 +43,20 @@ class Attributes:
             await self.copyup.settle(node, caller)
             await self.copyup.attributes_only(node, caller)
 
+    def _stored_owner(self, change: Change) -> tuple[int, int]:
+        """uid and gid to store, -1 for what stays. Raises OSError: EINVAL for an id that the map does not
+        know, as for one that a user namespace does not (chown(2))."""
+        uid, gid, owners = change.uid, change.gid, self.tree.owners
+        if owners is not None:
+            uid = owners.uid.stored(uid) if uid is not None else -1
+            gid = owners.gid.stored(gid) if gid is not None else -1
+            if uid is None or gid is None:
+                fail(errno.EINVAL)
+        return -1 if uid is None else uid, -1 if gid is None else gid
+
     async def set(self, node: Node, change: Change, caller: Caller) -> None:
         """Raises OSError."""
+        uid, gid = self._stored_owner(change)
         if change.size is not None:
             if not isinstance(node, File):
                 fail(errno.EISDIR)
@@ -56,16 +69,19 @@ class Attributes:
         path = fd_path(target.fd)
         if change.size is not None:
             self._cut(node, target, change.size)
-        if change.uid is not None or change.gid is not None or change == Change():
+        if self.upper.overrides and override.may_carry(os.fstat(target.fd)) and change != Change():
+            self._keep(node, path, uid, gid, change.mode)
+        elif change.uid is not None or change.gid is not None or change == Change():
             # Nothing to set is chown(-1, -1), which sets ctime.
-            uid = change.uid if change.uid is not None else -1
-            gid = change.gid if change.gid is not None else -1
-            if name:
+            if self.upper.overrides and change != Change():
+                self.upper.chown(fd.fd, name, uid, gid)
+            elif name:
                 os.chown(name, uid, gid, dir_fd=fd.fd, follow_symlinks=False)
             else:
                 os.chown(path, uid, gid)
         if change.mode is not None:
-            os.chmod(path, stat.S_IMODE(change.mode))
+            if not self.upper.overrides:
+                os.chmod(path, stat.S_IMODE(change.mode))
             if isinstance(node, File) and node.handles:
                 node.privileged = bool(change.mode & (stat.S_ISUID | stat.S_ISGID))
         if change.atime_ns is not None or change.mtime_ns is not None:
@@ -77,16 +93,32 @@ class Attributes:
             else:
                 os.utime(path, ns=(atime, mtime))
 
+    def _keep(self, node: Node, path: bytes, uid: int, gid: int, mode: int | None) -> None:
+        """chown and chmod where the upper keeps their result in an xattr (-1 and None: as it is). What the
+        kernel does to the real file besides is done here: chown(2) takes setuid and capabilities away."""
+        if (uid, gid, mode) == (-1, -1, None):
+            return
+        st = self.tree.stat_real(node)
+        new = stat.S_IMODE(st.st_mode if mode is None else mode)
+        if (uid, gid) != (-1, -1) and not isinstance(node, Directory):
+            new = without_setid(new) if mode is None else new
+            try:
+                os.removexattr(path, CAPABILITY)
+            except OSError:
+                pass  # mostly it has none; what this process may not remove it could not have set
+        owner = None if uid == -1 else uid, None if gid == -1 else gid
+        self.upper.keep(path, override.changed(st, mode=new, uid=owner[0], gid=owner[1]), follow=True)
+        if mode is not None:
+            # The real bits too: they are what an ACL is read and written by.
+            self.upper.set_real_mode(path, new, is_dir=isinstance(node, Directory))
+
     def _cut(self, node: Node, target: OwnedFd, size: int) -> None:
         """truncate(2); takes setuid away as a write does."""
-        mode = os.fstat(target.fd).st_mode
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(os.fstat(target.fd).st_mode):
             fail(errno.EIO)  # replaced from outside; opening a fifo would block
-        kept = without_setid(mode)
         writer = OwnedFd(self._open_for_writing(node, target))
         os.ftruncate(writer.fd, size)
-        if kept != mode:
-            os.fchmod(writer.fd, stat.S_IMODE(kept))
+        self.upper.change_mode(writer, without_setid)
 
     @staticmethod
     def _open_for_writing(node: Node, target: OwnedFd) -> int:
@@ -106,10 +138,21 @@ class Attributes:
     async def set_xattr(self, node: Node, name: bytes, value: bytes, caller: Caller) -> None:
         """Raises OSError: EPERM for marks of overlays."""
         attribute = _stored(self.upper.names, name)
+        if self.tree.owners is not None:
+            stored = self.tree.owners.stored_xattr(attribute, value)
+            if stored is None:
+                fail(errno.EINVAL)
+            value = stored
         await self._into_upper(node, caller)
         self.tree.changed(node)
         path, follow, _keep = self.tree.real_path(node)
         os.setxattr(path, attribute, value, follow_symlinks=follow)
+        if attribute == acl.ACCESS and self.upper.overrides:
+            # The file system put the ACL's bits into the real mode (fs/posix_acl.c posix_acl_update_mode).
+            real = stat.S_IMODE(os.stat(path, follow_symlinks=follow).st_mode)
+            st = self.tree.stat_real(node)
+            mode = stat.S_IMODE(st.st_mode) & ~0o777 | real & 0o777
+            self.upper.keep(path, override.changed(st, mode=mode), follow=follow)
 
     async def remove_xattr(self, node: Node, name: bytes, caller: Caller) -> None:
         """Raises OSError."""
@@ -142,7 +185,15 @@ def get_xattr(tree: Tree, node: Node, name: bytes) -> bytes:
     if attribute is None:
         fail(errno.ENODATA)
     path, follow, _keep = tree.real_path(node)
-    return os.getxattr(path, attribute, follow_symlinks=follow)
+    try:
+        value = os.getxattr(path, attribute, follow_symlinks=follow)
+    except OSError as error:
+        # A lower's file system may know no ACLs (squashfs) or no xattrs at all, where the upper's does. The
+        # kernel asks for the ACL of whatever it opens: any other errno would be the open's.
+        if error.errno == errno.EOPNOTSUPP and (not node.in_upper or attribute in (acl.ACCESS, acl.DEFAULT)):
+            fail(errno.ENODATA)
+        raise
+    return value if tree.owners is None else tree.owners.shown_xattr(attribute, value)
 
 
 def list_xattrs(tree: Tree, node: Node, caller: Caller) -> list[bytes]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from layerfs.fdutil import proc_path
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -23,7 +25,7 @@ class Caller:
         if self.pid == 0:
             return False
         try:
-            with open(f"/proc/{self.pid}/status", "rb") as status:
+            with open(proc_path(b"%d/status" % self.pid), "rb") as status:
                 masks = {
                     line[:6]: int(line.split()[1], 16)
                     for line in status

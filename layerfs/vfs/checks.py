@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from layerfs.errors import BusyError, MountError, UsageError
 from layerfs.fdutil import clone_mount
 from layerfs.fdutil.mountinfo import MountEntry, read_mountinfo
+from layerfs.overlay import whiteout
 from layerfs.upper.work import LOCK_NAME, VOLATILE_MARK
 from layerfs.vfs.config import StackConfig
 
@@ -325,6 +326,41 @@ def _check_writable(config: StackConfig, upper_path: str, upper: int, work_path:
             f"upper directory {shown(upper_path)}: its file system does not keep {wanted} for this user",
             errno.EOPNOTSUPP,
         )
+    if not _can_hide(work):
+        raise MountError(
+            f"upper directory {shown(upper_path)}: its file system ({_fstype(upper)}) takes no whiteouts,"
+            " neither as devices nor as .wh. files; put upper and work directory outside of that mount",
+            errno.EOPNOTSUPP,
+        )
+
+
+def _can_hide(directory: int) -> bool:
+    """Whether a whiteout can be made in either form. Not in a layerfs or fuse-overlayfs mount, where both are
+    what hides a name of that mount; kernel overlayfs takes the files.
+    """
+    name = f".layerfs-hide-{os.getpid()}"
+    if _can_mknod(directory, name):
+        return True
+    mark = os.fsdecode(whiteout.PREFIX) + name
+    try:
+        os.close(
+            os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+        )
+        os.unlink(mark, dir_fd=directory)
+    except OSError as error:
+        # Anything else (a full disk, a quota) is not for us to say.
+        return error.errno not in (errno.EINVAL, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP)
+    return True
+
+
+def _fstype(fd: int) -> str:
+    """Type of the file system of `fd`, as mountinfo names it."""
+    device = os.fstat(fd).st_dev
+    try:
+        found = [entry.fstype for entry in read_mountinfo() if entry.device == device]
+    except OSError:
+        found = []
+    return os.fsdecode(found[0]) if found else "of unknown type"
 
 
 @dataclass(frozen=True)

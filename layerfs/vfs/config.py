@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from layerfs.overlay.owners import AS_STORED, Owners
+
 
 @dataclass(frozen=True)
 class StackConfig:
@@ -30,3 +32,12 @@ class StackConfig:
     userxattr: bool | None = None
     #: EROFS for everything that would write, though `upper` may be given and is then shown.
     read_only: bool = False
+    #: How the owners that layers store are shown.
+    owners: Owners = AS_STORED
+    #: Owner, mode and type of objects in xattrs (`overlay.override`): 0 not, 1 in `security.` ones, 2 in
+    #: `user.` ones.
+    xattr_permissions: int = 0
+    #: Extended attributes can be read and set through the mount.
+    xattrs: bool = True
+    #: The kernel heeds ACLs.
+    acl: bool = True

@@ -120,7 +120,7 @@ class CopyUp:
         """
         assert directory.home is not None
         home = self.tree.stack.open(directory.home)
-        st = os.stat(directory.home_name, dir_fd=home.fd, follow_symlinks=False)
+        st = self.tree.stat_real(directory)
         work = self.upper.work.fd.fd
         source = copyup.Source(home, directory.home_name, st, directory.id)
         temporary = copyup.make_directory(self.upper, source)
@@ -134,7 +134,7 @@ class CopyUp:
         parent = directory.parent
         assert parent is not None and directory.home is not None
         home = self.tree.stack.open(directory.home)
-        st = os.stat(directory.home_name, dir_fd=home.fd, follow_symlinks=False)
+        st = self.tree.stat_real(directory)
         origin = self.upper.make_origin(home.fd, directory.home_name)
         source = copyup.Source(home, directory.home_name, st, directory.id, origin)
         temporary = copyup.make_directory(self.upper, source)
@@ -296,7 +296,7 @@ class CopyUp:
                 raise Cancelled
             cut = length < st.st_size
             if cut and copy.fd is not None:
-                _cut_short(copy.fd)
+                self._cut_short(copy.fd)
             if len(names) > 1:
                 record = await self._journal(node, copy, names)
                 self._publish_links(node, copy, names, record)
@@ -453,6 +453,13 @@ class CopyUp:
             except OSError:
                 continue
 
+    def _cut_short(self, fd: OwnedFd) -> None:
+        """A copy of fewer bytes than the file has is half of a truncate: the other half, mtime and setuid,
+        belongs to it before it is shown (the caller that truncates has yet to wake up).
+        """
+        self.upper.change_mode(fd, without_setid)
+        os.utime(fd.fd, ns=(os.fstat(fd.fd).st_atime_ns, time.time_ns()))
+
     @staticmethod
     def _switch_handles(node: File, fd: OwnedFd | None, metacopy: bool) -> None:
         """Descriptors opened for reading before the copy-up read the upper file from now on (POSIX; the
@@ -462,17 +469,6 @@ class CopyUp:
             return
         for handle in node.handles or ():
             handle.fd = fd
-
-
-def _cut_short(fd: OwnedFd) -> None:
-    """A copy of fewer bytes than the file has is half of a truncate: the other half, mtime and setuid,
-    belongs to it before it is shown (the caller that truncates has yet to wake up).
-    """
-    st = os.fstat(fd.fd)
-    kept = without_setid(st.st_mode)
-    if kept != st.st_mode:
-        os.fchmod(fd.fd, stat.S_IMODE(kept))
-    os.utime(fd.fd, ns=(st.st_atime_ns, time.time_ns()))
 
 
 def without_setid(mode: int) -> int:

@@ -117,7 +117,8 @@ class Files:
         node.handles.add(handle)
         node.users += 1
         if handle.writable:
-            node.privileged = bool(os.fstat(fd.fd).st_mode & _SETID)
+            assert self.upper is not None
+            node.privileged = bool(self.upper.stat(fd).st_mode & _SETID)
         return handle
 
     def release(self, id: int) -> None:
@@ -181,10 +182,8 @@ class Files:
         """A write takes setuid away, and setgid of an executable (write(2), inode(7)); capabilities the
         backing file system drops.
         """
-        mode = os.fstat(fd.fd).st_mode
-        kept = without_setid(mode)
-        if kept != mode:
-            os.fchmod(fd.fd, stat.S_IMODE(kept))
+        assert self.upper is not None
+        self.upper.change_mode(fd, without_setid)
         node.privileged = False
 
     async def fsync(self, id: int, data_only: bool) -> None:

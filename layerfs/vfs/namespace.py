@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from layerfs.fdutil import OwnedFd, at_path, fd_path
 from layerfs.ids import RealIno
 from layerfs.inodes import numbers
-from layerfs.overlay import acl
+from layerfs.overlay import acl, override
+from layerfs.overlay.owners import OVERFLOW
 from layerfs.stack import Entry, Merged
 from layerfs.upper.steps import step
 from layerfs.vfs.caller import Caller
@@ -73,7 +74,8 @@ class Namespace:
         parent_fd = self.copyup.directory(parent)
         hidden = merged.hides(name)
         is_dir = stat.S_ISDIR(new.mode)
-        direct = not hidden and caller.uid == self._uid and caller.gid == self._gid
+        owner = self._owner(caller)
+        direct = not hidden and owner == (self._uid, self._gid) and not self.upper.overrides
         if direct:
             fd = self._make_object(parent_fd.fd, name, new, flags)
             step("create.placed")
@@ -84,7 +86,7 @@ class Namespace:
             try:
                 if is_dir and hidden:
                     self.upper.set_opaque(work.fd, temporary)
-                self._own(work.fd, temporary, parent_fd, new, caller)
+                self._own(work.fd, temporary, parent, parent_fd, new, owner)
             except OSError:
                 self.upper.discard(temporary)
                 raise
@@ -105,6 +107,11 @@ class Namespace:
     def _make_object(self, directory: int, name: bytes, new: New, flags: int | None) -> OwnedFd | None:
         kind = stat.S_IFMT(new.mode)
         permissions = stat.S_IMODE(new.mode)
+        if self.upper.overrides:  # what it is to be is said by `_own`
+            permissions = override.private_mode(permissions, is_dir=kind == stat.S_IFDIR)
+            if flags is None and kind not in (stat.S_IFDIR, stat.S_IFLNK):
+                os.close(os.open(name, os.O_WRONLY | _CREATE, permissions, dir_fd=directory))
+                return None
         if flags is not None:
             return OwnedFd(os.open(name, flags | _CREATE, permissions, dir_fd=directory))
         if kind == stat.S_IFDIR:
@@ -115,23 +122,42 @@ class Namespace:
             os.mknod(name, new.mode, new.rdev, dir_fd=directory)
         return None
 
-    def _own(self, work: int, temporary: bytes, parent: OwnedFd, new: New, caller: Caller) -> None:
+    def _owner(self, caller: Caller) -> tuple[int, int]:
+        """What to store as the owner of something new. Callers that the map does not know become the
+        overflow id, so that root of the host can make things in a container's tree, as with fuse-overlayfs.
+        """
+        owners = self.tree.owners
+        if owners is None:
+            return caller.uid, caller.gid
+        uid, gid = owners.uid.stored(caller.uid), owners.gid.stored(caller.gid)
+        return OVERFLOW if uid is None else uid, OVERFLOW if gid is None else gid
+
+    def _own(
+        self,
+        work: int,
+        temporary: bytes,
+        parent: Directory,
+        parent_fd: OwnedFd,
+        new: New,
+        owner: tuple[int, int],
+    ) -> None:
         """Gives an object made in the work directory what the kernel gives one made in place
         (inode_init_owner, posix_acl_create).
         """
-        above = os.fstat(parent.fd)
-        uid, gid, mode = caller.uid, caller.gid, new.mode
+        above = self.tree.stat_real(parent)
+        (uid, gid), mode = owner, new.mode
         if above.st_mode & stat.S_ISGID:
             gid = above.st_gid
             if stat.S_ISDIR(mode):
                 mode |= stat.S_ISGID
         made = os.stat(temporary, dir_fd=work, follow_symlinks=False)
-        if (uid, gid) != (made.st_uid, made.st_gid):
-            os.chown(temporary, uid, gid, dir_fd=work, follow_symlinks=False)
+        own = self.upper.overrides and override.may_carry(made)
+        if not own and (uid, gid) != (made.st_uid, made.st_gid):
+            self.upper.chown(work, temporary, uid, gid)
         if stat.S_ISLNK(mode):
             return
         access = None
-        default = self._default_acl(parent)
+        default = self._default_acl(parent_fd)
         if default is not None:
             mode, access = acl.inherit(default, mode)
         path = at_path(work, temporary)
@@ -139,6 +165,12 @@ class Namespace:
             os.setxattr(path, acl.ACCESS, access, follow_symlinks=False)
         if default is not None and stat.S_ISDIR(mode):
             os.setxattr(path, acl.DEFAULT, default, follow_symlinks=False)
+        if own:
+            kind, rdev = stat.S_IFMT(mode), new.rdev
+            kept = override.changed(made, mode=stat.S_IMODE(mode), uid=uid, gid=gid, kind=kind, rdev=rdev)
+            self.upper.keep(path, kept, follow=False)
+            self.upper.set_real_mode(path, mode, is_dir=stat.S_ISDIR(mode))
+            return
         os.chmod(path, stat.S_IMODE(mode))
 
     def _real(self, directory: OwnedFd, name: bytes) -> int:

@@ -143,10 +143,10 @@ class Rename:
         assert isinstance(node, Directory)
         if not node.lowers or self.redirect_dir:
             return True
-        await self._whole(node, caller)
+        await self.whole(node, caller)
         return False
 
-    async def _whole(self, top: Directory, caller: Caller) -> None:
+    async def whole(self, top: Directory, caller: Caller) -> None:
         """Without redirects a directory can only move when all of it is in the upper: copies what is not,
         then cuts it off its lowers (`top.lowers` is empty then). When somebody changes things meanwhile it
         may leave it undone; the caller tries again. A crash in between leaves copies, no change to be seen.
@@ -204,8 +204,11 @@ class Rename:
         self.upper.record_ino(parent_fd.fd, directory.name, directory.id)
         self.copyup.mark_impure(parent)
         self.upper.set_opaque(parent_fd.fd, directory.name)
+        step("whole.opaque")
         self.upper.drop_redirect(parent_fd.fd, directory.name)
+        step("whole.redirect")
         self.upper.drop_whiteouts(fd, merged)
+        step("whole.whiteouts")
         directory.lowers = ()
         directory.lower_path = None
         self.names.merged(parent).names[directory.name].lowers = ()

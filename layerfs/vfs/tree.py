@@ -19,8 +19,10 @@ from layerfs.gate import Gate, NoGate
 from layerfs.ids import ROOT, Ino, NodeId, RealIno
 from layerfs.inodes import numbers
 from layerfs.overlay import origin as origin_codec
+from layerfs.overlay.owners import Owners
 from layerfs.stack import (
     Entry,
+    Layer,
     LowerDir,
     Merged,
     Stack,
@@ -50,6 +52,8 @@ class Attributes:
     """What stat shows. `st` is the real object's; the other fields are used in place of its own."""
 
     st: os.stat_result
+    uid: int
+    gid: int
     ino: int
     nlink: int
     ctime_ns: int
@@ -57,8 +61,12 @@ class Attributes:
 
 
 class Tree:
-    def __init__(self, stack: Stack, upper: Upper | None, gate: Gate | None = None) -> None:
+    def __init__(
+        self, stack: Stack, upper: Upper | None, owners: Owners | None = None, gate: Gate | None = None
+    ) -> None:
         self.stack = stack
+        #: None: owners are shown as they are stored
+        self.owners = owners or None
         #: None when the mount is read-only (`stack.upper` may be there all the same)
         self.upper = upper
         self.gate: Gate = gate if gate is not None else NoGate()
@@ -385,10 +393,21 @@ class Tree:
         return OwnedFd(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd.fd))
 
     def stat_real(self, node: Node) -> os.stat_result:
+        """The real object's attributes, with owner, mode, type and device as its layer means them
+        (`overlay.override`); owners are not mapped yet. Raises OSError.
+        """
         fd, name = self.where(node)
-        if name:
-            return os.stat(name, dir_fd=fd.fd, follow_symlinks=False)
-        return os.fstat(fd.fd)
+        st = os.stat(name, dir_fd=fd.fd, follow_symlinks=False) if name else os.fstat(fd.fd)
+        if self.stack.overrides:
+            path, follow, _keep = self.real_path(node)
+            return self._layer_of(node).shown(st, path, follow=follow)
+        return st
+
+    def _layer_of(self, node: Node) -> Layer:
+        if node.in_upper:
+            assert self.stack.upper is not None
+            return self.stack.upper
+        return node.home.layer if node.home is not None else self.stack.lowers[0]
 
     def open_real(self, fd: OwnedFd, name: bytes, flags: int) -> OwnedFd:
         """Opens the regular file that `where` or `data_location` named. Raises OSError: EIO when it is not
@@ -489,12 +508,19 @@ class Tree:
                 nlink = await self.links.count(node, nlink)
                 if self._changed_meanwhile(node):
                     return await self.attributes(node)
-            return Attributes(st, node.id, nlink, st.st_ctime_ns, st.st_blocks)
+            return self._attributes(st, node.id, nlink, st.st_ctime_ns, st.st_blocks)
         assert isinstance(node, Directory)
         parts = len(node.lowers) + node.in_upper
         if node.in_upper:
             return self._upper_attributes(node, st, st.st_nlink if parts == 1 else 1)
-        return Attributes(st, node.id, st.st_nlink if parts == 1 else 1, st.st_ctime_ns, st.st_blocks)
+        nlink = st.st_nlink if parts == 1 else 1
+        return self._attributes(st, node.id, nlink, st.st_ctime_ns, st.st_blocks)
+
+    def _attributes(self, st: os.stat_result, ino: int, nlink: int, ctime_ns: int, blocks: int) -> Attributes:
+        uid, gid = st.st_uid, st.st_gid
+        if self.owners is not None:
+            uid, gid = self.owners.uid.shown(uid), self.owners.gid.shown(gid)
+        return Attributes(st, uid, gid, ino, nlink, ctime_ns, blocks)
 
     @staticmethod
     def _changed_meanwhile(node: File) -> bool:
@@ -522,7 +548,7 @@ class Tree:
                 blocks = os.stat(name, dir_fd=fd.fd, follow_symlinks=False).st_blocks
             except OSError:
                 pass
-        return Attributes(st, node.id, nlink, ctime, blocks)
+        return self._attributes(st, node.id, nlink, ctime, blocks)
 
     def keep_ctime(self, node: Node, shown: int) -> None:
         """Shows `shown` as ctime of an upper object until something really changes it: a copy-up is not a

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import trio
 
+from layerfs.fdutil import fd_path
 from layerfs.gate import Gate
+from layerfs.overlay import override
+from layerfs.overlay.owners import Owners
 from layerfs.stack import Stack
 from layerfs.upper.upper import Upper
 from layerfs.vfs import kernel_index
@@ -25,9 +30,15 @@ from layerfs.vfs.files import DirectoryHandle, Files, Handle
 from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.names import Names
 from layerfs.vfs.namespace import Namespace, New
-from layerfs.vfs.node import Node
+from layerfs.vfs.node import File, Node
 from layerfs.vfs.rename import Rename
 from layerfs.vfs.tree import Attributes, Tree, fail
+
+if TYPE_CHECKING:
+    from layerfs.vfs.flatten import Flattened
+
+#: As long as a link's target can be.
+PATH_MAX = 4096
 
 __all__ = ["Attributes", "Caller", "Change", "DirectoryHandle", "Handle", "New", "Vfs"]
 
@@ -52,12 +63,17 @@ class Vfs:
         *,
         redirect_dir: bool = True,
         metacopy: bool = True,
+        owners: Owners | None = None,
+        xattrs: bool = True,
         gate: Gate | None = None,
     ) -> None:
-        """`nursery` runs copy-ups; it must outlive all requests. `upper` None: read-only."""
+        """`nursery` runs copy-ups; it must outlive all requests. `upper` None: read-only. `xattrs` False:
+        users neither see nor set any.
+        """
         self.stack = stack
+        self._xattrs = xattrs
         self.upper = upper
-        self.tree = Tree(stack, upper, gate)
+        self.tree = Tree(stack, upper, owners, gate)
         links = LinkIndex(self.tree, upper_was_empty=_is_empty(stack))
         self.tree.links = links
         self._writing: _Writing | None = None
@@ -83,7 +99,27 @@ class Vfs:
         """Before the first request. Raises OSError."""
         if self._writing is not None:
             writing = self._writing
+            self._keep_root(writing.upper)
             await kernel_index.adopt(self.tree, writing.upper, writing.copyup, writing.copyup.links)
+
+    def _keep_root(self, upper: Upper) -> None:
+        """The root of a fresh upper that keeps attributes in xattrs says by its own that it does: as the
+        topmost lower's root that has one, else as it is."""
+        if not upper.overrides or override.carried_by(os.listxattr(fd_path(upper.root.fd))):
+            return
+        st = os.fstat(upper.root.fd)
+        for layer in self.stack.lowers:
+            if layer.overrides:
+                st = layer.shown(os.fstat(layer.fd.fd), fd_path(layer.fd.fd), follow=True)
+                break
+        upper.keep(fd_path(upper.root.fd), st, follow=True)
+
+    async def flatten(self) -> Flattened:
+        """In place of a mount's life: see `vfs.flatten`. Raises OSError."""
+        from layerfs.vfs.flatten import Flatten
+
+        parts = self._write()
+        return await Flatten(self.tree, parts.upper, parts.copyup, parts.rename).run()
 
     def give_up(self) -> None:
         """The mount is going: nothing that takes long is waited for."""
@@ -126,7 +162,14 @@ class Vfs:
         return await self.tree.attributes(self.tree.node(id))
 
     async def readlink(self, id: int) -> bytes:
-        fd, name = self.tree.where(self.tree.node(id))
+        node = self.tree.node(id)
+        fd, name = self.tree.where(node)
+        if self.stack.overrides and isinstance(node, File) and not node.in_upper:
+            # containers/storage may keep a link as a file with its target in it.
+            target = self.tree.object_path(fd, name)
+            if stat.S_ISREG(os.fstat(target.fd).st_mode):
+                file = self.tree.open_real(fd, name, os.O_RDONLY)
+                return os.pread(file.fd, PATH_MAX, 0)
         return os.readlink(name, dir_fd=fd.fd)
 
     async def statfs(self) -> os.statvfs_result:
@@ -203,16 +246,24 @@ class Vfs:
             node.users -= 1
             self.tree.release(node)
 
+    def _check_xattrs(self) -> None:
+        if not self._xattrs:
+            fail(errno.EOPNOTSUPP)
+
     async def getxattr(self, id: int, name: bytes) -> bytes:
+        self._check_xattrs()
         return get_xattr(self.tree, self.tree.node(id), name)
 
     async def listxattr(self, id: int, caller: Caller) -> list[bytes]:
+        self._check_xattrs()
         return list_xattrs(self.tree, self.tree.node(id), caller)
 
     async def setxattr(self, id: int, name: bytes, value: bytes, caller: Caller) -> None:
+        self._check_xattrs()
         await self._write().attributes.set_xattr(self.tree.node(id), name, value, caller)
 
     async def removexattr(self, id: int, name: bytes, caller: Caller) -> None:
+        self._check_xattrs()
         await self._write().attributes.remove_xattr(self.tree.node(id), name, caller)
 
     # -- data -------------------------------------------------------------------------------------

@@ -61,7 +61,9 @@ def test_killed(box: Box, way: str) -> None:
     assert box.run("sh", "-c", f"echo new > {box('m/new')}; sync {box('m/new')}").returncode == 0
     box.kill(signal.SIGKILL)
     done = box.run("ls", box("m"))
-    assert os.strerror(errno.ENOTCONN) in done.stderr
+    # The latter for a request that met the end of the process before that of its descriptors.
+    dead = (errno.ENOTCONN, errno.ECONNABORTED)
+    assert any(os.strerror(number) in done.stderr for number in dead), done
     if way == "layerfs umount":
         box.umount()
         box.assert_gone()
@@ -164,7 +166,7 @@ def test_what_the_daemon_keeps_of_its_caller(box: Box) -> None:
     assert os.read(read, 1) == b"", "the daemon holds a descriptor of its caller"
     os.close(read)
     pid = box.daemon()
-    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert os.readlink(f"/proc/{pid}/cwd") == "/proc"
     assert [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)] == ["/dev/null"] * 3
     assert os.getsid(pid) == pid
     limits = [line for line in Path(f"/proc/{pid}/limits").read_text().splitlines() if "open files" in line]

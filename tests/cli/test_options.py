@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from layerfs.errors import UsageError
 from layerfs.overlay.options import (
+    FUSE_OVERLAYFS,
+    Verdict,
     escape,
     format_lowerdir,
     kernel_mount_options,
@@ -99,7 +103,7 @@ def test_what_podman_says() -> None:
     )
     assert parsed.lowers == ("/s/l/ABC", "/s/l/DEF")
     assert (parsed.upper, parsed.work, parsed.volatile) == ("/s/o/1/diff", "/s/o/1/work", True)
-    assert parsed.unknown == ("bogus=1",) and parsed.ineffective == ("fsync=0", "noacl")
+    assert parsed.unknown == ("bogus=1",) and parsed.ineffective == ("fsync=0",) and not parsed.acl
     assert parsed.fuse == ('context="system_u:object_r:container_file_t:s0:c1,c2"', "nodev")
 
 
@@ -113,11 +117,11 @@ def test_what_podman_says() -> None:
         "redirect_dir=maybe",
         "redirect_dir",
         "metacopy=1",
-        "uidmapping=0:0:1",
-        "gidmapping=:0:0:1",
-        "squash_to_uid=1",
-        "squash_to_root",
-        "xattr_permissions=2",
+        "xattr_permissions=3",
+        "xattr_permissions=user",
+        "noxattrs=yes",
+        "threaded=",
+        "plugins=/usr/lib/plugin.so",
         "verity=require",
         "data=passthrough",
         "data=cached",
@@ -156,6 +160,26 @@ def test_unknown(text: str) -> None:
 )
 def test_without_effect(text: str) -> None:
     assert parse_options([text]) == parse_options([])
+
+
+@pytest.mark.parametrize("name", FUSE_OVERLAYFS)
+def test_each_option_of_fuse_overlayfs_does_what_the_table_says(name: str) -> None:
+    decision = FUSE_OVERLAYFS[name]
+    option = name if decision.value is None else f"{name}=1"
+    if decision.verdict is Verdict.REFUSED:
+        with pytest.raises(UsageError):
+            parse_options([option])
+        return
+    parsed = parse_options([option])
+    assert parsed.ineffective == ((option,) if decision.verdict is Verdict.IGNORED else ())
+    assert parsed.unknown == ((option,) if decision.verdict is Verdict.NOTED else ())
+    plain = replace(parsed, ineffective=(), unknown=()) == parse_options([])
+    assert plain == (decision.verdict is not Verdict.HONOURED)
+
+
+def test_an_option_of_fuse_overlayfs_in_a_form_that_it_does_not_have() -> None:
+    for option in ("noacl=1", "static_nlink=1", "noxattrs", "timeout"):
+        assert parse_options([option]).unknown == (option,)
 
 
 def test_the_later_wins() -> None:

@@ -17,28 +17,40 @@ from tests.support.stack import Stack
 MKFS = {
     "ext4": ("mkfs.ext4", "-q", "-F", "-O", "^has_journal"),
     "xfs": ("mkfs.xfs", "-q", "-f"),
+    "xfs-noreflink": ("mkfs.xfs", "-q", "-f", "-m", "reflink=0"),
     "btrfs": ("mkfs.btrfs", "-q", "-f"),
 }
 SIZE = 320 << 20
 
 
+def make_file_system(kind: str, size: int, image: Path, target: Path) -> None:
+    """Mounts a fresh file system on `target`: "tmpfs", "overlay" (the kernel's) or one of `MKFS`, of `size`
+    bytes, which are taken from `image` as they are written. Raises OSError, CalledProcessError.
+    """
+    if kind == "tmpfs":
+        mounts.mount("none", target, "tmpfs", data=f"size={size}")
+    elif kind == "overlay":
+        layers = [image / name for name in ("lower", "upper", "work")]
+        for layer in layers:
+            layer.mkdir(parents=True)
+        mounts.mount_overlay(target, layers[:1], layers[1], layers[2])
+    else:
+        with open(image, "wb") as file:
+            file.truncate(size)
+        subprocess.run([*MKFS[kind], image], check=True, capture_output=True)
+        subprocess.run(["mount", "-o", "loop", image, target], check=True, capture_output=True)
+    os.chmod(target, 0o755)
+
+
 @contextlib.contextmanager
-def file_system(kind: str) -> Iterator[Path]:
-    """The root of a fresh file system: "tmpfs" or one of `MKFS`. Skips the test where it cannot be had."""
+def file_system(kind: str, size: int = SIZE) -> Iterator[Path]:
+    """The root of a fresh file system as `make_file_system` has it. Skips the test where it cannot be had."""
     holder = Stack(name=kind, n_lowers=0, writable=False)
     try:
-        if kind == "tmpfs":
-            mounts.mount("none", holder.mnt, "tmpfs")
-        else:
-            image = holder.dir / "image"
-            with open(image, "wb") as file:
-                file.truncate(SIZE)
-            try:
-                subprocess.run([*MKFS[kind], image], check=True, capture_output=True)
-                subprocess.run(["mount", "-o", "loop", image, holder.mnt], check=True, capture_output=True)
-            except (FileNotFoundError, subprocess.CalledProcessError) as error:
-                pytest.skip(f"no {kind} on a loop device here: {error}")
-        os.chmod(holder.mnt, 0o755)
+        try:
+            make_file_system(kind, size, holder.dir / "image", holder.mnt)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no {kind} on a loop device here: {error}")
         try:
             yield holder.mnt
         finally:

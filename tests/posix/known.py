@@ -84,13 +84,23 @@ LAYERFS: list[Row] = [
     (r"test_writing_clears_setgid_without_group_execute", ALL, KILLPRIV),
 ]
 
+#: layerfs with its upper on a kind of --file-system.
+ON: dict[str, list[Row]] = {
+    "overlay": [
+        (r"test_raw_byte_names", COPIED, "no room for `.wh.` before a name of more than 251 bytes"),
+    ],
+}
 
-def reason(test: str, system: str) -> str | None:
+
+def reason(test: str, system: str, file_system: str | None = None) -> str | None:
     """Why this test is known to fail on this system, or None. `test` is the item's name, parameters
-    included."""
+    included; `file_system` what --file-system says."""
     kind, _, arrangement = system.partition("-")
     bare = test.replace(f"[{system}-", "[").replace(f"[{system}]", "").replace(f"-{system}]", "]")
-    for pattern, arrangements, why in {"kernel": KERNEL, "layerfs": LAYERFS}.get(kind, []):
+    rows = {"kernel": KERNEL, "layerfs": LAYERFS}.get(kind, [])
+    if kind == "layerfs" and file_system is not None:
+        rows = [*rows, *ON.get(file_system, [])]
+    for pattern, arrangements, why in rows:
         if arrangement in arrangements and re.fullmatch(pattern, bare):
             return why
     return None

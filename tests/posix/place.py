@@ -21,6 +21,8 @@ from typing import Any
 from tests.support.mounts import Mounted
 from tests.support.stack import Dir, Entry, File, Hardlink, Node, Stack, Symlink, Tree, scratch_root
 
+#: Set by --file-system: where plain directories for comparison are made.
+ORACLE_BASE = "LAYERFS_TEST_ORACLES"
 USER = 65534
 OTHER = 1234
 
@@ -204,9 +206,12 @@ def tree(entries: Tree, *, standard: bool = False) -> Callable[[Any], Any]:
 
 
 @contextlib.contextmanager
-def oracle(contents: Tree) -> Iterator[Place]:
-    """A fresh plain directory that holds `contents`."""
-    root = tempfile.mkdtemp(prefix="oracle-", dir=scratch_root())
+def oracle(contents: Tree, base: str | None = None) -> Iterator[Place]:
+    """A fresh plain directory that holds `contents`; in `base`, or where tests are without --file-system:
+    what a plain directory does is what it does on ext4.
+    """
+    base = base or os.environ.get(ORACLE_BASE) or str(scratch_root())
+    root = tempfile.mkdtemp(prefix="oracle-", dir=base)
     os.chmod(root, 0o755)
     stack = Stack(root, 0, writable=False)
     stack.write(stack.mnt, possible(contents), "o")

@@ -1,0 +1,1 @@
+"""Containers' own programs, podman and buildah, on stores whose mount program is layerfs."""
