@@ -77,10 +77,11 @@ def write_layout(where: Path, layers: list[bytes]) -> None:
 
 def test_many_layers(store: Store) -> None:
     write_layout(store.dir / "tmp/layout", [base_tar(), *map(small_layer, range(1, LAYERS))])
-    store.podman("pull", "-q", f"oci:{store.dir}/tmp/layout:t")
-    (image,) = {line for line in store.podman("images", "-q", "--no-trunc").split() if "sha256" in line} - {
-        "sha256:" + store.podman("inspect", "-f", "{{.Id}}", "base").strip()
-    }
+    # An archive brings its own name; podman would make one of a layout's path, which may hold any signs.
+    with tarfile.open(store.dir / "tmp/layout.tar", "w") as tar:
+        tar.add(store.dir / "tmp/layout", ".")
+    store.podman("load", "-q", "-i", store.dir / "tmp/layout.tar")
+    image = "localhost/t"
     directories = [str(path) for path in (store.dir / "root/overlay").glob("*/diff")]
     assert len(directories) >= LAYERS
     last = LAYERS - 1
