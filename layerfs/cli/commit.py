@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import click
@@ -12,7 +13,7 @@ from layerfs.cli import talk
 from layerfs.cli.image_options import Target, commit_image, image_as_json, image_lines, image_options
 from layerfs.cli.progress import bar
 from layerfs.cli.upper_options import Chosen, upper_options
-from layerfs.control import mounts
+from layerfs.control.reading import Reading, reading, refuse_output_in
 from layerfs.errors import UsageError
 from layerfs.oci.commit import CommitOptions, Summary, output_file, write_layer
 from layerfs.oci.streams import COMPRESSIONS
@@ -39,6 +40,12 @@ from layerfs.oci.streams import COMPRESSIONS
     " it. As in .gitignore, from the root of the layer: '*.pyc' at any depth, '/tmp' and 'var/cache' from the"
     " root, 'log/' directories only, '**' any directories, a later '!PATTERN' takes back. May be repeated.",
 )
+@click.option(
+    "--pause",
+    is_flag=True,
+    help="Hold everybody who changes something in the mount until the layer is made, so that all of it is of"
+    " one moment. [default: each file is of one moment]",
+)
 @click.option("--json", "as_json", is_flag=True, help="The summary as one JSON object; no progress bar.")
 def command(
     chosen: Chosen,
@@ -47,6 +54,7 @@ def command(
     level: int | None,
     keep_unchanged: bool,
     exclude: tuple[str, ...],
+    pause: bool,
     as_json: bool,
     target: Target | None,
 ) -> int:
@@ -59,22 +67,41 @@ def command(
     a history entry without a layer, or, with nothing to tell, is the base as it is.
     """
     options = CommitOptions(compression, level, keep_unchanged, exclude)
-    if target is not None:
-        if output is not None:
-            raise UsageError("give either --output or --layout, not both")
-        return _commit_to_layout(target, chosen, options, as_json)
-    to_stdout = output in (None, "-")
-    if to_stdout and sys.stdout.isatty():
+    if target is not None and output is not None:
+        raise UsageError("give either --output or --layout, not both")
+    if target is None and output in (None, "-") and sys.stdout.isatty():
         raise UsageError("a layer is not for the terminal: give -o FILE, or send the output elsewhere")
-    stack = mounts.open_layers(chosen.mountpoint, chosen.upper, chosen.lowers, chosen.userxattr, durable=True)
+    refuse_output_in(chosen.mountpoint, _place(target, output))
+    opened = reading(
+        chosen.mountpoint, chosen.upper, chosen.lowers, chosen.userxattr, durable=True, pause=pause
+    )
+    with opened as source:
+        if target is not None:
+            return _commit_to_layout(target, source, options, as_json)
+        return _commit_to_file(output, source, options, as_json)
+
+
+def _place(target: Target | None, output: str | None) -> int | str:
+    """Where the result goes: a path, or the descriptor of stdout."""
+    if target is not None:
+        return os.path.join(target.path, "index.json")
+    return sys.stdout.fileno() if output is None or output == "-" else output
+
+
+def _commit_to_file(output: str | None, source: Reading, options: CommitOptions, as_json: bool) -> int:
+    to_stdout = output in (None, "-")
     with bar("commit", quiet=as_json) as progress:
         if to_stdout:
             sys.stdout.flush()
-            summary = write_layer(stack, sys.stdout.fileno(), options, progress)
+            summary = write_layer(
+                source.stack, sys.stdout.fileno(), options, progress, snapshots=source.snapshots
+            )
+            source.check()
         else:
-            assert output is not None and stack.upper is not None
-            with output_file(output, keep_out_of=stack.upper.fd.fd) as fd:
-                summary = write_layer(stack, fd, options, progress)
+            assert output is not None and source.stack.upper is not None
+            with output_file(output, keep_out_of=source.stack.upper.fd.fd) as fd:
+                summary = write_layer(source.stack, fd, options, progress, snapshots=source.snapshots)
+                source.check()
     for note in summary.notes:
         talk.note("layerfs commit", note)
     text = json.dumps(_as_json(summary)) if as_json else "\n".join(_lines(summary))
@@ -82,10 +109,9 @@ def command(
     return 0
 
 
-def _commit_to_layout(target: Target, chosen: Chosen, options: CommitOptions, as_json: bool) -> int:
-    stack = mounts.open_layers(chosen.mountpoint, chosen.upper, chosen.lowers, chosen.userxattr, durable=True)
+def _commit_to_layout(target: Target, source: Reading, options: CommitOptions, as_json: bool) -> int:
     with bar("commit", quiet=as_json) as progress:
-        summary, appended = commit_image(target, stack, options, progress)
+        summary, appended = commit_image(target, source, options, progress)
     for note in summary.notes:
         talk.note("layerfs commit", note)
     if as_json:

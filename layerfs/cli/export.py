@@ -12,7 +12,8 @@ from layerfs.cli import talk
 from layerfs.cli.layer_output import LayerOutput, layer_as_json, layer_lines, layer_output
 from layerfs.cli.progress import bar
 from layerfs.control import mounts
-from layerfs.errors import MountError
+from layerfs.control.reading import reading, refuse_output_in
+from layerfs.errors import MountError, UsageError
 from layerfs.oci.commit import CommitOptions, write_layer
 from layerfs.oci.join import join_layers
 from layerfs.oci.progress import Progress
@@ -22,9 +23,15 @@ from layerfs.oci.streams import Written
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @layer_output
+@click.option(
+    "--pause",
+    is_flag=True,
+    help="Hold everybody who changes something in the mount until the tar is made, so that all is of one"
+    " moment. [default: each file is of one moment]",
+)
 @click.option("--json", "as_json", is_flag=True, help="The summary as one JSON object; no progress bar.")
 @click.argument("source", metavar="MOUNTPOINT | IMAGE")
-def command(source: str, output: LayerOutput, as_json: bool) -> int:
+def command(source: str, output: LayerOutput, pause: bool, as_json: bool) -> int:
     """Write all that the mount on MOUNTPOINT shows, or the root of IMAGE, as one flat tar without whiteouts.
 
     IMAGE is DIR:TAG, DIR@sha256:..., or FILE.tar[:REPO:TAG] as docker save writes it; nothing of it is
@@ -33,9 +40,13 @@ def command(source: str, output: LayerOutput, as_json: bool) -> int:
 
     Files of compressed layers are kept in $TMPDIR or /var/tmp meanwhile.
     """
-    mountpoint = _is_mount(source)
     with bar("export", quiet=as_json) as progress:
-        members, written, notes = (_mount if mountpoint else _image)(source, output, progress)
+        if _is_mount(source):
+            members, written, notes = _mount(source, output, pause, progress)
+        elif pause:
+            raise UsageError("only a mount can be paused, and this is an image")
+        else:
+            members, written, notes = _image(source, output, progress)
     for note in notes:
         talk.note("layerfs export", note)
     if as_json:
@@ -62,11 +73,14 @@ def _is_mount(source: str) -> bool:
     return True
 
 
-def _mount(mountpoint: str, output: LayerOutput, progress: Progress) -> _Told:
-    stack = mounts.open_layers(mountpoint, None, (), durable=False, need_upper=False)
+def _mount(mountpoint: str, output: LayerOutput, pause: bool, progress: Progress) -> _Told:
     options = CommitOptions(output.compression, output.level, whole=True)
-    with output.open(stack.upper.fd.fd if stack.upper is not None else None) as fd:
-        summary = write_layer(stack, fd, options, progress)
+    refuse_output_in(mountpoint, output.target())
+    with reading(mountpoint, durable=False, need_upper=False, pause=pause) as mount:
+        upper = mount.stack.upper
+        with output.open(upper.fd.fd if upper is not None else None) as fd:
+            summary = write_layer(mount.stack, fd, options, progress, snapshots=mount.snapshots)
+            mount.check()
     return summary.added, summary.written, summary.notes
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from layerfs.cli import talk
+from layerfs.control.reading import Reading
 from layerfs.errors import UsageError
 from layerfs.ids import DiffId
 from layerfs.oci.append import Appended, ImageOptions, append_layer
@@ -96,17 +97,19 @@ def image_options(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def commit_image(
-    target: Target, stack: Stack, options: CommitOptions, progress: Progress
+    target: Target, source: Reading, options: CommitOptions, progress: Progress
 ) -> tuple[Summary, Appended]:
     """Makes the image. Raises UsageError, LayerError."""
+    stack = source.stack
     check_level(options.compression, options.level)
-    _refuse_inside(target.path, stack)
+    _refuse_inside(target.path, source)
     _compare_with_base(target, stack)
     summary: Summary | None = None
 
     def write(fd: int) -> Written | None:
         nonlocal summary
-        summary = write_layer(stack, fd, options, progress)
+        summary = write_layer(stack, fd, options, progress, snapshots=source.snapshots)
+        source.check()
         changed = summary.added or summary.changed or summary.deleted
         return summary.written if changed or target.base is None else None
 
@@ -175,9 +178,9 @@ def image_as_json(target: Target, appended: Appended) -> dict[str, object]:
     }
 
 
-def _refuse_inside(path: str, stack: Stack) -> None:
+def _refuse_inside(path: str, source: Reading) -> None:
     """A layout in the upper would be part of what it is made of."""
-    assert stack.upper is not None
+    assert source.stack.upper is not None
     existing = path
     while not os.path.isdir(existing):
         above = os.path.dirname(existing.rstrip("/")) or "."
@@ -189,7 +192,7 @@ def _refuse_inside(path: str, stack: Stack) -> None:
     except OSError as error:
         raise UsageError(f"{display(os.fsencode(path))}: {error.strerror}") from None
     try:
-        if is_inside(fd, stack.upper.fd.fd):
+        if is_inside(fd, source.stack.upper.fd.fd):
             raise UsageError(f"{display(os.fsencode(path))}: lies in the upper directory: name another place")
     finally:
         os.close(fd)

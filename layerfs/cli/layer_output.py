@@ -29,6 +29,10 @@ class LayerOutput:
     def to_stdout(self) -> bool:
         return self.path in (None, "-")
 
+    def target(self) -> int | str:
+        """The path, or the descriptor of stdout."""
+        return sys.stdout.fileno() if self.path is None or self.path == "-" else self.path
+
     @contextlib.contextmanager
     def open(self, keep_out_of: int | None = None) -> Iterator[int]:
         """A descriptor to write the layer to; a file appears when it is whole, and not in the directory that

@@ -239,7 +239,7 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        await self.vfs.rmdir(parent, name)
+        await self.vfs.rmdir(parent, name, _caller(ctx))
 
     @_errors
     async def rename(
@@ -309,7 +309,7 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self.vfs.files.write(fh, off, buf)
+        return await self.vfs.write(fh, off, buf)
 
     @_errors
     async def flush(self, fh: int) -> None:
@@ -320,7 +320,7 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self.vfs.files.fsync(fh, datasync)
+        await self.vfs.fsync(fh, datasync)
 
     @_errors
     async def release(self, fh: int) -> None:

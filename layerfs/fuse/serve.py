@@ -6,15 +6,18 @@ import json
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable
 
 import pyfuse3
 import trio
 
 import layerfs
+from layerfs.control import server
 from layerfs.errors import MountError
 from layerfs.fdutil import syncfs
 from layerfs.fuse.adapter import Operations
+from layerfs.fuse.controls import Controls
 from layerfs.overlay.names import XattrNames
 from layerfs.stack import Stack
 from layerfs.upper.upper import Upper
@@ -48,14 +51,17 @@ def serve(
         upper = Upper(stack.upper, config.work, names, volatile=config.volatile)
     operations = Operations(_describer(config, stack, upper, prefix))
     operations.enable_acl = config.acl
+    control = server.bind(upper.work.state.fd) if upper is not None else None
     try:
         pyfuse3.init(operations, mountpoint, fuse_options)
     except RuntimeError as error:
-        if upper is not None and upper.volatile:
-            upper.work.clear_volatile()  # nothing was written
+        if upper is not None:
+            server.remove(upper.work.state.fd)
+            if upper.volatile:
+                upper.work.clear_volatile()  # nothing was written
         raise MountError(f"cannot mount on {mountpoint}: {error}") from error
     try:
-        trio.run(_main, operations, stack, upper, config, ready)
+        trio.run(_main, operations, stack, upper, config, control, ready)
     finally:
         # As an ordinary user libfuse waits for fusermount3, and a signal would end that wait before the mount
         # is gone.
@@ -65,7 +71,12 @@ def serve(
 
 
 async def _main(
-    operations: Operations, stack: Stack, upper: Upper | None, config: StackConfig, ready: Callable[[], None]
+    operations: Operations,
+    stack: Stack,
+    upper: Upper | None,
+    config: StackConfig,
+    control: socket.socket | None,
+    ready: Callable[[], None],
 ) -> None:
     async with trio.open_nursery() as nursery:
         operations.vfs = Vfs(
@@ -80,6 +91,8 @@ async def _main(
         operations.vfs.tree.attributes_moved = operations.attributes_moved
         await operations.vfs.start()
         await nursery.start(_end_on_signal, operations)
+        if control is not None:
+            nursery.start_soon(server.serve, control, lambda: Controls(operations.vfs))
         ready()
         # No limit on requests under way: a hundred that wait for copy-ups must not keep others out.
         try:
@@ -110,6 +123,7 @@ def _finish(upper: Upper | None) -> None:
     """
     if upper is None:
         return
+    server.remove(upper.work.state.fd)
     try:
         syncfs(upper.root.fd)
         if upper.volatile:

@@ -72,6 +72,11 @@ class CopyUp:
         for job in self._jobs:
             job.cancelled = job.ending = True
 
+    async def quiet(self) -> None:
+        """Waits until no copy is under way: one whose last waiter has left may still be."""
+        while self._jobs:
+            await next(iter(self._jobs)).done.wait()
+
     # -- directories ------------------------------------------------------------------------------
 
     def directory(self, directory: Directory) -> OwnedFd:

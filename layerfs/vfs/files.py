@@ -31,12 +31,13 @@ _SETID = stat.S_ISUID | stat.S_ISGID
 class Handle:
     """An open file. `fd` is replaced when the file is copied up."""
 
-    __slots__ = ("fd", "id", "node", "sync", "writable")
+    __slots__ = ("fd", "id", "node", "opener", "sync", "writable")
 
-    def __init__(self, id: HandleId, node: File, fd: OwnedFd, flags: int) -> None:
+    def __init__(self, id: HandleId, node: File, fd: OwnedFd, flags: int, opener: Caller) -> None:
         self.id = id
         self.node = node
         self.fd = fd
+        self.opener = opener
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.sync = bool(flags & _SYNC)
 
@@ -85,7 +86,7 @@ class Files:
         writes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
         if not writes:
             fd = self._open_lower_kindly(*self.tree.data_location(node), self.backing_flags(flags))
-            return self.adopt(node, fd, flags)
+            return self.adopt(node, fd, flags, caller)
         if self.copyup is None:
             fail(errno.EROFS)
         await self.copyup.data(node, caller, size=0 if flags & os.O_TRUNC else None)
@@ -97,7 +98,7 @@ class Files:
             self._clear_setid(node, writer)
             os.ftruncate(writer.fd, 0)
             self.tree.changed(node)
-        return self.adopt(node, fd, flags)
+        return self.adopt(node, fd, flags, caller)
 
     def _open_lower_kindly(self, fd: OwnedFd, name: bytes, flags: int) -> OwnedFd:
         """Opens for reading without moving the lower file's atime, where this process may say so (owner or
@@ -108,9 +109,9 @@ class Files:
         except PermissionError:
             return self.tree.open_real(fd, name, flags)
 
-    def adopt(self, node: File, fd: OwnedFd, flags: int) -> Handle:
+    def adopt(self, node: File, fd: OwnedFd, flags: int, opener: Caller) -> Handle:
         """A handle for an opened descriptor."""
-        handle = Handle(self._number(), node, fd, flags)
+        handle = Handle(self._number(), node, fd, flags, opener)
         self._handles[handle.id] = handle
         if node.handles is None:
             node.handles = set()
@@ -130,17 +131,21 @@ class Files:
             node.users -= 1
             self.tree.release(node)
 
-    def _handle(self, id: int) -> Handle:
+    def handle(self, id: int) -> Handle:
         handle = self._handles.get(id)
         if handle is None:
             fail(errno.EBADF)
         return handle
 
+    def open_for_writing(self) -> set[File]:
+        """The files of the upper that somebody can write to."""
+        return {each.node for each in self._handles.values() if each.writable and each.node.in_upper}
+
     # -- data -------------------------------------------------------------------------------------
 
     async def read(self, id: int, offset: int, size: int) -> bytes | memoryview:
         """`size` bytes, fewer only at the end of the file. Raises OSError."""
-        fd = self._handle(id).fd
+        fd = self.handle(id).fd
         buffer = bytearray(size)
         try:
             count = os.preadv(fd.fd, [buffer], offset, os.RWF_NOWAIT)
@@ -157,7 +162,7 @@ class Files:
 
     async def write(self, id: int, offset: int, data: bytes) -> int:
         """Bytes written: fewer only where an error stopped it after some were. Raises OSError."""
-        handle = self._handle(id)
+        handle = self.handle(id)
         node, fd = handle.node, handle.fd
         if node.job is not None and self.copyup is not None:
             await self.copyup.settle(node, Caller(0, 0, 0))
@@ -188,7 +193,7 @@ class Files:
 
     async def fsync(self, id: int, data_only: bool) -> None:
         """Raises OSError: also errors of earlier write-back."""
-        handle = self._handle(id)
+        handle = self.handle(id)
         node, fd = handle.node, handle.fd
         if node.failure is not None:
             failure, node.failure = node.failure, None

@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -27,6 +29,7 @@ from layerfs.vfs.attributes import Change, get_xattr, list_xattrs
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.files import DirectoryHandle, Files, Handle
+from layerfs.vfs.hold import Hold
 from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.names import Names
 from layerfs.vfs.namespace import Namespace, New
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 #: As long as a link's target can be.
 PATH_MAX = 4096
+_F = TypeVar("_F", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 __all__ = ["Attributes", "Caller", "Change", "DirectoryHandle", "Handle", "New", "Vfs"]
 
@@ -52,6 +56,27 @@ class _Writing:
     names: Namespace
     rename: Rename
     attributes: AttributeChanges
+
+
+def _changes(*, opens: bool = False) -> Callable[[_F], _F]:
+    """Marks what changes the tree (WRITE apart): it may be held. First comes the node, last the caller."""
+
+    def mark(method: _F) -> _F:
+        @wraps(method)
+        async def held(self: Vfs, node: int, *args: Any) -> Any:
+            await self.hold.begin(node, args[-1], opens=opens)
+            try:
+                return await method(self, node, *args)
+            finally:
+                self.hold.end(node, opens=opens)
+
+        return held  # type: ignore[return-value]
+
+    return mark
+
+
+async def _nothing() -> None:
+    pass
 
 
 class Vfs:
@@ -89,6 +114,7 @@ class Vfs:
                 AttributeChanges(self.tree, upper, copyup),
             )
         self.files = Files(self.tree, upper, copyup)
+        self.hold = Hold(copyup.quiet if copyup is not None else _nothing)
 
     def _write(self) -> _Writing:
         if self._writing is None:
@@ -123,6 +149,7 @@ class Vfs:
 
     def give_up(self) -> None:
         """The mount is going: nothing that takes long is waited for."""
+        self.hold.give_up()
         if self._writing is not None:
             self._writing.copyup.give_up()
 
@@ -193,11 +220,13 @@ class Vfs:
 
     # -- names ------------------------------------------------------------------------------------
 
+    @_changes()
     async def make(self, parent: int, name: bytes, new: New, caller: Caller) -> Attributes:
         """mkdir, mknod, symlink; the lookup count is raised."""
         node = await self._write().names.make(self.tree.directory(parent), name, new, caller)
         return await self._born(node)
 
+    @_changes(opens=True)
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
     ) -> tuple[Handle, Attributes]:
@@ -205,13 +234,14 @@ class Vfs:
         node, fd = await self._write().names.create(
             self.tree.directory(parent), name, New(mode), kept, caller
         )
-        handle = self.files.adopt(node, fd, flags)
+        handle = self.files.adopt(node, fd, flags, caller)
         return handle, await self._born(node)
 
     async def _born(self, node: Node) -> Attributes:
         node.lookups += 1
         return await self.tree.attributes(node)
 
+    @_changes()
     async def link(self, id: int, parent: int, name: bytes, caller: Caller) -> Attributes:
         node = self.tree.file(id)
         node.users += 1
@@ -221,12 +251,15 @@ class Vfs:
         finally:
             node.users -= 1
 
+    @_changes()
     async def unlink(self, parent: int, name: bytes, caller: Caller) -> None:
         await self._write().names.unlink(self.tree.directory(parent), name, caller)
 
-    async def rmdir(self, parent: int, name: bytes) -> None:
+    @_changes()
+    async def rmdir(self, parent: int, name: bytes, caller: Caller) -> None:
         await self._write().names.rmdir(self.tree.directory(parent), name)
 
+    @_changes()
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, caller: Caller
     ) -> None:
@@ -236,6 +269,7 @@ class Vfs:
 
     # -- attributes -------------------------------------------------------------------------------
 
+    @_changes()
     async def setattr(self, id: int, change: Change, caller: Caller) -> Attributes:
         node = self.tree.node(id)
         node.users += 1
@@ -258,10 +292,12 @@ class Vfs:
         self._check_xattrs()
         return list_xattrs(self.tree, self.tree.node(id), caller)
 
+    @_changes()
     async def setxattr(self, id: int, name: bytes, value: bytes, caller: Caller) -> None:
         self._check_xattrs()
         await self._write().attributes.set_xattr(self.tree.node(id), name, value, caller)
 
+    @_changes()
     async def removexattr(self, id: int, name: bytes, caller: Caller) -> None:
         self._check_xattrs()
         await self._write().attributes.remove_xattr(self.tree.node(id), name, caller)
@@ -269,6 +305,11 @@ class Vfs:
     # -- data -------------------------------------------------------------------------------------
 
     async def open(self, id: int, flags: int, caller: Caller) -> Handle:
+        if flags & os.O_ACCMODE == os.O_RDONLY and not flags & os.O_TRUNC:
+            return await self._open(id, flags, caller)
+        return await self._open_for_writing(id, flags, caller)
+
+    async def _open(self, id: int, flags: int, caller: Caller) -> Handle:
         node = self.tree.file(id)
         node.users += 1
         try:
@@ -276,6 +317,21 @@ class Vfs:
         finally:
             node.users -= 1
             self.tree.release(node)
+
+    _open_for_writing = _changes(opens=True)(_open)
+
+    async def write(self, handle: int, offset: int, data: bytes) -> int:
+        opened = self.files.handle(handle)
+        node = opened.node.id
+        await self.hold.begin_write(node, opened.opener)
+        try:
+            return await self.files.write(handle, offset, data)
+        finally:
+            self.hold.end_write(node)
+
+    async def fsync(self, handle: int, data_only: bool) -> None:
+        self.hold.reached(self.files.handle(handle).node.id)
+        await self.files.fsync(handle, data_only)
 
 
 def _is_empty(stack: Stack) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,6 +184,7 @@ def test_a_damaged_image_leaves_no_file(place: Path) -> None:
         (["PLACE/l:absent"], "there is no image 'absent'", 1),
         (["PLACE/l:t", "-o", "/absent/x"], "cannot be written", 2),
         (["PLACE/l:t", "--level", "3"], "has no levels", 2),
+        (["PLACE/l:t", "--pause"], "only a mount can be paused", 2),
     ],
 )
 def test_wrong_usage(place: Path, words: list[str], message: str, code: int) -> None:
@@ -198,4 +200,40 @@ def test_not_into_the_upper(place: Path) -> None:
         assert dirs.upper is not None
         done = run("export", dirs.mnt, "-o", dirs.upper / "x.tar", code=2)
         assert "lies in the upper directory" in done.stderr
+        done = run("export", dirs.mnt, "-o", dirs.mnt / "x.tar", code=2)
+        assert "lies in the mount that is being read" in done.stderr
         assert os.listdir(dirs.upper) == []
+
+
+@live
+@pytest.mark.parametrize("pause", [[], ["--pause"]])
+def test_a_file_that_is_written_to(place: Path, pause: list[str]) -> None:
+    """Two halves of a file are the same at every moment: so they are in the tar."""
+    dirs = Dirs(place, 1)
+    with Layerfs(dirs):
+        file = dirs.mnt / "f"
+        size = 300_000
+        file.write_bytes(bytes(2 * size))
+        stop = threading.Event()
+        rounds = 0
+
+        def write() -> None:
+            nonlocal rounds
+            with open(file, "r+b", buffering=0) as out:
+                while not stop.is_set():
+                    rounds += 1
+                    out.seek(0)
+                    half = bytes((rounds % 256,)) * size
+                    assert out.write(half + half) == 2 * size
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for _ in range(5):
+                run("export", dirs.mnt, "-o", place / "x.tar", *pause)
+                (data,) = [data for member, data in m.read_bytes((place / "x.tar").read_bytes()) if data]
+                assert len(data) == 2 * size and len(set(data)) == 1
+        finally:
+            stop.set()
+            writer.join()
+        assert rounds > 5

@@ -404,7 +404,7 @@ class Steps:
         await self._do(f"unlink {name}", self.vfs.unlink(parent, name.encode(), self.person))
 
     async def rmdir(self, parent: int, name: str) -> None:
-        await self._do(f"rmdir {name}", self.vfs.rmdir(parent, name.encode()))
+        await self._do(f"rmdir {name}", self.vfs.rmdir(parent, name.encode(), self.person))
 
     async def rename(self, parent: int, name: str, new_parent: int, new: str, flags: int = 0) -> None:
         call = self.vfs.rename(parent, name.encode(), new_parent, new.encode(), flags, self.person)

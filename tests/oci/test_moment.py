@@ -1,0 +1,166 @@
+"""`oci.snapshot` on real file systems, without a mount: a writer keeps two halves of a file equal by one
+pwrite(2) a turn, and no copy ever has two that differ.
+
+Tried by taking parts of `take` away (4 s, 64 KiB): without the wait for a write that is under way, 2,891 of
+275,375 copies were torn on btrfs and 488 of 294,151 on tmpfs; without comparing stamps 52 and 990; on ext4
+the same shows with files of 512 KiB and more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from layerfs.errors import LayerError
+from layerfs.fdutil import OwnedFd
+from layerfs.oci import snapshot
+from layerfs.oci.snapshot import Moment, Snapshots
+from tests.overlay.loops import file_system
+
+#: Seconds of trying for each.
+LONG = 1.5
+
+
+@pytest.fixture(params=["ext4", "xfs", "btrfs", "tmpfs"])
+def place(request: pytest.FixtureRequest, root: None) -> Iterator[Path]:
+    with file_system(request.param) as path:
+        yield path
+
+
+class Held(Exception):
+    """Three tries were not enough."""
+
+
+class NoMount:
+    """Writers of a file that is in no mount; `open_for_writing` is what the daemon would say."""
+
+    open_for_writing = False
+
+    def writing(self, inode: int) -> bool:
+        return self.open_for_writing
+
+    def held(self, inode: int, path: bytes) -> AbstractContextManager[bool]:
+        raise Held
+
+
+@contextlib.contextmanager
+def writer(path: Path, size: int, pause: float) -> Iterator[None]:
+    path.write_bytes(bytes(size))
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            fd = os.open(path, os.O_WRONLY)
+            turn = 0
+            while os.getppid() != 1:
+                turn += 1
+                half = struct.pack("<Q", turn) * (size // 16)
+                os.pwrite(fd, half + half, 0)
+                time.sleep(pause)
+        os._exit(0)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def nothing_more() -> Moment:
+    return Moment([], {}, has_data=True)
+
+
+def take(snapshots: Snapshots, path: Path) -> tuple[os.stat_result, bytes]:
+    fd = OwnedFd(os.open(path, os.O_RDONLY))
+    _, st, copy = snapshots.take(fd, b"f", nothing_more)
+    assert copy is not None
+    data = copy if isinstance(copy, bytes) else os.pread(copy.fd, st.st_size + 1, 0)
+    return st, data
+
+
+def try_for_a_while(place: Path, size: int, pause: float) -> None:
+    path = place / "f"
+    upper = OwnedFd(os.open(place, os.O_RDONLY))
+    snapshots = Snapshots(upper.fd, str(place), NoMount())
+    taken = 0
+    with writer(path, size, pause):
+        end = time.monotonic() + LONG
+        while time.monotonic() < end or not taken:
+            try:
+                st, data = take(snapshots, path)
+            except Held:
+                continue
+            taken += 1
+            assert len(data) == st.st_size == size
+            assert data[: size // 2] == data[size // 2 :], f"copy {taken} is torn"
+    assert os.listdir(place) in (["f"], ["lost+found", "f"], ["f", "lost+found"]), "copies have no names"
+
+
+@pytest.mark.parametrize("size", [4096, 64 << 10])
+def test_small_files(place: Path, size: int) -> None:
+    try_for_a_while(place, size, 0.0003)
+
+
+@pytest.mark.parametrize("in_memory", [True, False], ids=["memory", "file"])
+def test_big_files(place: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool) -> None:
+    """In one request, as it were; copied into memory, or by the cheapest way that the file system has."""
+    monkeypatch.setattr(snapshot, "_ONE_REQUEST", 1 << 30)
+    monkeypatch.setattr(snapshot, "_IN_MEMORY", 1 << 30 if in_memory else 0)
+    try_for_a_while(place, 1 << 20, 0.02)
+
+
+def test_clocks_that_tick(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on kernels before 6.13: two writes of one tick have one ctime."""
+    monkeypatch.setattr(snapshot, "_kernel", lambda: (5, 10))
+    try_for_a_while(place, 4096, 0.05)
+
+
+def test_big_files_that_are_open_for_writing_are_held(tmp_path: Path) -> None:
+    upper = OwnedFd(os.open(tmp_path, os.O_RDONLY))
+    writers = NoMount()
+    snapshots = Snapshots(upper.fd, str(tmp_path), writers)
+    (tmp_path / "big").write_bytes(b"b" * (1 << 20))
+    (tmp_path / "small").write_bytes(b"s")
+    assert take(snapshots, tmp_path / "big")[1] == b"b" * (1 << 20)
+    writers.open_for_writing = True
+    with pytest.raises(Held):
+        take(snapshots, tmp_path / "big")
+    assert take(snapshots, tmp_path / "small")[1] == b"s"
+
+
+def test_a_file_that_is_another_one_by_now(tmp_path: Path) -> None:
+    class Gone(NoMount):
+        open_for_writing = True
+
+        def held(self, inode: int, path: bytes) -> AbstractContextManager[bool]:
+            return contextlib.nullcontext(False)
+
+    upper = OwnedFd(os.open(tmp_path, os.O_RDONLY))
+    (tmp_path / "f").write_bytes(bytes(1 << 20))
+    with pytest.raises(OSError, match=r"[Ss]tale"):
+        take(Snapshots(upper.fd, str(tmp_path), Gone()), tmp_path / "f")
+
+
+def test_no_room_for_a_copy(root: None) -> None:
+    """One line that names the way out; and holes need no room."""
+    with file_system("tmpfs") as place:
+        os.system(f"mount -o remount,size=12M {place}")
+        upper = OwnedFd(os.open(place, os.O_RDONLY))
+        snapshots = Snapshots(upper.fd, str(place), NoMount())
+        (place / "full").write_bytes(b"x" * (8 << 20))
+        with pytest.raises(LayerError, match=r"no room for a copy.*--pause") as caught:
+            take(snapshots, place / "full")
+        assert "\n" not in str(caught.value)
+        os.unlink(place / "full")
+        with open(place / "sparse", "wb") as file:
+            file.truncate(64 << 20)
+        fd = OwnedFd(os.open(place / "sparse", os.O_RDONLY))
+        _, st, copy = snapshots.take(fd, b"sparse", nothing_more)
+        assert isinstance(copy, OwnedFd) and stat.S_ISREG(os.fstat(copy.fd).st_mode)
+        assert os.fstat(copy.fd).st_size == st.st_size and os.fstat(copy.fd).st_blocks == 0
