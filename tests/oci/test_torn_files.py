@@ -1,4 +1,4 @@
-"""A file that is written to through a mount while that is committed is in the layer as of one moment, on every
+"""A file that is written to through a mount while that is committed is in the layer as of one moment, on each
 file system that `oci.snapshot` knows. Without a mount: test_moment.py.
 """
 
