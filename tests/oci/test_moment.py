@@ -2,16 +2,17 @@
 pwrite(2) a turn, and no copy ever has two that differ.
 
 Tried by taking parts of `take` away (4 s, 64 KiB): without the wait for a write that is under way, 2,891 of
-275,375 copies were torn on btrfs and 488 of 294,151 on tmpfs; without comparing stamps 52 and 990; on ext4
+275,375 copies were torn on btrfs and 488 of 294,151 on tmpfs; without comparing stamps 52 and 990. On ext4
 the same shows with files of 512 KiB and more."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
-import stat
 import struct
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -143,24 +144,35 @@ def test_a_file_that_is_another_one_by_now(tmp_path: Path) -> None:
 
     upper = OwnedFd(os.open(tmp_path, os.O_RDONLY))
     (tmp_path / "f").write_bytes(bytes(1 << 20))
-    with pytest.raises(OSError, match=r"[Ss]tale"):
+    with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
         take(Snapshots(upper.fd, str(tmp_path), Gone()), tmp_path / "f")
 
 
 def test_no_room_for_a_copy(root: None) -> None:
     """One line that names the way out; and holes need no room."""
     with file_system("tmpfs") as place:
-        os.system(f"mount -o remount,size=12M {place}")
-        upper = OwnedFd(os.open(place, os.O_RDONLY))
-        snapshots = Snapshots(upper.fd, str(place), NoMount())
+        subprocess.run(["mount", "-o", "remount,size=12M", place], check=True)
         (place / "full").write_bytes(b"x" * (8 << 20))
-        with pytest.raises(LayerError, match=r"no room for a copy.*--pause") as caught:
-            take(snapshots, place / "full")
-        assert "\n" not in str(caught.value)
+        said = refusal(place, "full")
+        assert "no room for a copy" in said and "--pause" in said and "\n" not in said
         os.unlink(place / "full")
         with open(place / "sparse", "wb") as file:
             file.truncate(64 << 20)
-        fd = OwnedFd(os.open(place / "sparse", os.O_RDONLY))
-        _, st, copy = snapshots.take(fd, b"sparse", nothing_more)
-        assert isinstance(copy, OwnedFd) and stat.S_ISREG(os.fstat(copy.fd).st_mode)
-        assert os.fstat(copy.fd).st_size == st.st_size and os.fstat(copy.fd).st_blocks == 0
+        assert blocks_of_copy(place, "sparse") == 0
+
+
+def refusal(place: Path, name: str) -> str:
+    """Not by `pytest.raises`, which keeps the frames, and with them what they have open."""
+    upper = OwnedFd(os.open(place, os.O_RDONLY))
+    try:
+        take(Snapshots(upper.fd, str(place), NoMount()), place / name)
+    except LayerError as error:
+        return str(error)
+    raise AssertionError("there was room")
+
+
+def blocks_of_copy(place: Path, name: str) -> int:
+    upper, fd = (OwnedFd(os.open(path, os.O_RDONLY)) for path in (place, place / name))
+    _, st, copy = Snapshots(upper.fd, str(place), NoMount()).take(fd, b"f", nothing_more)
+    assert isinstance(copy, OwnedFd) and os.fstat(copy.fd).st_size == st.st_size
+    return os.fstat(copy.fd).st_blocks
