@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import subprocess
+import tempfile
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -96,8 +97,16 @@ class Tools:
         self.place = place
         self._policy = place / "policy.json"
         self._policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
-        store = ["--storage-driver", "vfs", "--root", str(place / "storage"), "--runroot", str(place / "r")]
-        self._store = store
+        # podman takes no runroot of more than 50 characters.
+        self._run = tempfile.TemporaryDirectory(prefix="lfs-", dir="/tmp", ignore_cleanup_errors=True)
+        self._store = [
+            "--storage-driver",
+            "vfs",
+            "--root",
+            str(place / "storage"),
+            "--runroot",
+            self._run.name,
+        ]
 
     def buildah(self, command: str, *arguments: str | Path) -> str:
         policy: list[str | Path] = (
