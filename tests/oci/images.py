@@ -8,8 +8,8 @@ import json
 import os
 import secrets
 import subprocess
-import tempfile
 import tarfile
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
