@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 
 from layerfs.cli import progress
@@ -14,6 +15,7 @@ from layerfs.oci.references import open_image
 def unpacked(reference: str, note: Callable[[str], None]) -> list[str]:
     """The layer directories of the image `reference`, top first; what the cache does not have is unpacked
     into it. Raises LayerfsError."""
+    _open_many_files()
     image = open_image(reference)
     cache = LayerCache.default()
     with interruptible(), progress.bar("unpacking") as bar:
@@ -21,3 +23,9 @@ def unpacked(reference: str, note: Callable[[str], None]) -> list[str]:
     for line in cache.notes:
         note(line)
     return directories
+
+
+def _open_many_files() -> None:
+    """A layer over 500 others has them all open, twice; 1024 is a common soft limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -34,7 +34,7 @@ from layerfs.ids import DiffId
 from layerfs.oci.beneath import ROOT
 from layerfs.oci.image import Image, ImageLayer
 from layerfs.oci.making import ObjectMaker
-from layerfs.oci.member import Kind, Member
+from layerfs.oci.member import Kind, Member, display
 from layerfs.oci.ownership import ownership_form
 from layerfs.oci.progress import Progress, Silent
 from layerfs.oci.store import Store
@@ -206,7 +206,23 @@ def default_path() -> str:
             except KeyError:
                 raise LayerError("there is no place for the cache: set XDG_CACHE_HOME") from None
         base = os.path.join(home, ".cache")
+    else:
+        _refuse_strangers(base)
     return os.path.join(base, "layerfs")
+
+
+def _refuse_strangers(base: str) -> None:
+    """Kept by `sudo -E` and `su`, $XDG_CACHE_HOME may be another user's, who could put anything in our way.
+    Raises LayerError."""
+    existing = base
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    try:
+        owner = os.stat(existing).st_uid
+    except OSError:
+        return  # whoever opens it will say so
+    if owner not in (0, os.geteuid()):
+        raise LayerError(f"XDG_CACHE_HOME={display(os.fsencode(base))} belongs to user {owner}: unset it")
 
 
 def _tell_total(missing: Sequence[ImageLayer], progress: Progress) -> None:

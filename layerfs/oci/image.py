@@ -271,6 +271,11 @@ class OpenLayer:
             os.close(fd)
             raise
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """The descriptor that it is read from, and where in that its first byte is."""
+        return self._fd, self._start
+
     def __enter__(self) -> OpenLayer:
         return self
 

@@ -32,6 +32,9 @@ class OpenLayer(Protocol):
     @property
     def source(self) -> LayerSource: ...
 
+    @property
+    def place(self) -> tuple[int, int]: ...
+
     def verify(self) -> None: ...
 
     def __enter__(self) -> OpenLayer: ...
@@ -45,8 +48,6 @@ class Layer(Protocol):
     """A layer of an image, as `image.ImageLayer` is one, or a tarball by itself."""
 
     def open(self) -> OpenLayer: ...
-
-    def open_raw(self) -> int: ...
 
 
 class TarFile:
@@ -69,6 +70,8 @@ class TarFile:
 class _OpenTar:
     def __init__(self, fd: OwnedFd) -> None:
         self._fd = fd
+        regular = stat.S_ISREG(os.fstat(fd.fd).st_mode)
+        self.place = (fd.fd, os.lseek(fd.fd, 0, os.SEEK_CUR) if regular else 0)
         self.source = LayerSource(fd.fd)
 
     def verify(self) -> None:
@@ -183,7 +186,7 @@ def _read(
     with _open(layer) as opened:
         source = CountedSource(opened.source)
         reader = TarReader(source, notes)
-        in_place, start = _in_place(layer, opened) if spool is not None and spool.has_room else (None, 0)
+        in_place, start = _in_place(opened) if spool is not None and spool.has_room else (None, 0)
         if spool is not None:
             spool.begin_layer(in_place)
         tree.begin_layer()
@@ -204,11 +207,14 @@ def _open(layer: Layer) -> OpenLayer:
         raise unreadable(error) from error
 
 
-def _in_place(layer: Layer, opened: OpenLayer) -> tuple[OwnedFd | None, int]:
-    """A descriptor of the layer's tar and the offset at which it begins, when it lies in a file as it is."""
-    if opened.source.compression != "none":
+def _in_place(opened: OpenLayer) -> tuple[OwnedFd | None, int]:
+    """A descriptor of the layer's tar and the offset at which it begins, when it lies in a file as it is.
+
+    Data are read there once more, after the layer was verified: so not where a stranger may change them."""
+    fd, start = opened.place
+    st = os.fstat(fd)
+    if opened.source.compression != "none" or not stat.S_ISREG(st.st_mode):
         return None, 0
-    fd = OwnedFd(layer.open_raw())
-    if not stat.S_ISREG(os.fstat(fd.fd).st_mode):
+    if st.st_uid not in (0, os.geteuid()) or stat.S_IMODE(st.st_mode) & 0o022:
         return None, 0
-    return fd, os.lseek(fd.fd, 0, os.SEEK_CUR)
+    return OwnedFd(os.dup(fd)), start

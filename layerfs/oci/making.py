@@ -182,8 +182,10 @@ class ObjectMaker:
                 self._tally.add(
                     f"xattr {display(os.fsencode(attribute))} cannot be set here: dropped", member.name
                 )
-        if member.kind is not Kind.SYMLINK:
+        if follow:
             os.chmod(where, member.mode)
+        elif member.kind is not Kind.SYMLINK:
+            _chmod_nofollow(where, member.mode)
         os.utime(where, ns=(member.mtime_ns, member.mtime_ns), follow_symlinks=follow)
 
     def _chown(self, where: bytes, member: Member, follow: bool) -> None:
@@ -277,3 +279,11 @@ def _umask() -> int:
             if line.startswith(b"Umask:"):
                 return int(line.split()[1], 8)
     return 0o777
+
+
+def _chmod_nofollow(where: bytes, mode: int) -> None:
+    """chmod(2) follows links, and whoever owns the directory may have put one there. Raises OSError."""
+    fd = OwnedFd(os.open(where, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
+    if stat.S_ISLNK(os.fstat(fd.fd).st_mode):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    os.chmod(fd_path(fd.fd), mode)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
-from layerfs.errors import UsageError
+from layerfs.errors import ImageError, UsageError
 from layerfs.oci.append import Appended, ImageOptions, append_layer
 from layerfs.oci.image import MANIFESTS, MAX_MANIFEST, Descriptor, Image, parse_config, parse_manifest
 from layerfs.oci.join import Joined, join_layers
@@ -89,11 +89,14 @@ def _base(path: str, image: Image, first: int) -> Descriptor | None:
     digest = image.manifest.annotations.get(_BASE_DIGEST) if image.manifest is not None else None
     if digest is None or not os.path.exists(path):
         return None
-    layout = Layout.open(path)
-    for each in layout.index().manifests:
-        if each.digest == digest and each.media_type in MANIFESTS:
-            layers = parse_manifest(layout.read_blob(each, MAX_MANIFEST)).layers
-            kept = [layer.descriptor.digest for layer in image.layers[:first] if layer.descriptor is not None]
-            if layers and [layer.digest for layer in layers] == kept[: len(layers)]:
-                return each
+    try:
+        layout = Layout.open(path)
+        for each in layout.index().manifests:
+            if each.digest == digest and each.media_type in MANIFESTS:
+                layers = parse_manifest(layout.read_blob(each, MAX_MANIFEST)).layers
+                kept = [layer.descriptor.digest for layer in image.layers[:first] if layer.descriptor]
+                if layers and [layer.digest for layer in layers] == kept[: len(layers)]:
+                    return each
+    except ImageError:
+        pass  # an annotation is all that hangs on it: whoever writes there will say what is wrong
     return None

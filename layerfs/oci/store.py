@@ -57,15 +57,19 @@ class Store:
         with self._plainly("cannot be used"):
             with contextlib.suppress(FileExistsError):
                 os.makedirs(path, 0o700)
-            self._fd = OwnedFd(os.open(path, ROOT))
+            self._fd = OwnedFd(os.open(path, ROOT | os.O_NOFOLLOW))
             st = os.fstat(self._fd.fd)
             if st.st_uid != os.geteuid():
                 raise LayerError(
                     f"{self._shown} belongs to user {st.st_uid}: set XDG_CACHE_HOME to a directory of yours",
                     errno.EPERM,
                 )
-            if stat.S_IMODE(st.st_mode) != 0o700:
-                os.fchmod(self._fd.fd, 0o700)
+            # What is there is not made right: it may be anything that somebody named to us.
+            if stat.S_IMODE(st.st_mode) & 0o022:
+                raise LayerError(
+                    f"{self._shown} can be written to by others: chmod go-w, or set XDG_CACHE_HOME",
+                    errno.EPERM,
+                )
 
     @property
     def _shown(self) -> str:

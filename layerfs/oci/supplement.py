@@ -45,7 +45,10 @@ def make_supplement(
 
     Raises TarError for a layer that cannot lie upon these, OSError."""
     maker = _Supplement(OwnedFd(os.open(b".", ROOT, dir_fd=directory)), layer, leaning, below)
-    return maker.run(root)
+    try:
+        return maker.run(root)
+    finally:
+        maker.close()
 
 
 def describe(path: bytes, where: bytes, *, follow: bool) -> Member:
@@ -97,6 +100,9 @@ class _Tree:
         self.layers = layers
         self._stack = Stack(layers, None, XattrNames(TRUSTED))
         self._merged: dict[tuple[int, bytes], dict[bytes, Entry]] = {}
+
+    def close(self) -> None:
+        self._stack.close()
 
     def walk(self, path: bytes) -> Iterator[tuple[bytes, _Found]]:
         """What stands under each beginning of `path`; ends at what is not there."""
@@ -156,6 +162,10 @@ class _Supplement:
         #: what was made here so far; attributes come at the end
         self._directories: dict[bytes, Member] = {}
         self._objects = 0
+
+    def close(self) -> None:
+        self._below.close()
+        self._all.close()
 
     def run(self, root: Member | None) -> bool:
         for path in self._leaning.implied:

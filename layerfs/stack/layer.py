@@ -170,6 +170,13 @@ class Stack:
         #: some layer keeps owners, modes and types in xattrs
         self.overrides = any(layer.overrides for layer in layers)
 
+    def close(self) -> None:
+        """Gives the descriptors back now. Layers and their directories refer to each other: dropped, they
+        stay open until the cyclic collector comes by."""
+        self.pool.clear()
+        for layer in self.lowers if self.upper is None else (self.upper, *self.lowers):
+            layer.fd.close()
+
     def open(self, directory: LowerDir) -> OwnedFd:
         """An O_PATH descriptor of `directory`. Raises OSError, ENOENT or ENOTDIR when the lower was changed
         from outside.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import json
 import os
 import signal
@@ -252,11 +253,42 @@ def test_a_cache_of_somebody_else_is_refused(place: Path) -> None:
 
 
 def test_the_cache_is_closed_to_others(place: Path) -> None:
-    (place / "cache").mkdir(mode=0o777)
-    os.chmod(place / "cache", 0o777)
     open_cache(place)
     assert (place / "cache").stat().st_mode & 0o777 == 0o700
     assert (place / "cache" / ownership_form()).stat().st_mode & 0o777 == 0o700
+
+
+@root
+def test_what_is_there_is_not_made_right(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another user's $XDG_CACHE_HOME root would do to what that user likes what it does to its cache."""
+    victim = place / "victim"
+    victim.mkdir(mode=0o755)
+    (place / "cache").symlink_to(victim)
+    with pytest.raises(LayerError):
+        open_cache(place)
+    (place / "open").mkdir()
+    os.chmod(place / "open", 0o777)
+    with pytest.raises(LayerError, match="can be written to by others"):
+        LayerCache(str(place / "open"))
+    assert (victim.stat().st_mode & 0o7777, os.listdir(victim)) == (0o755, [])
+    theirs = place / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, NOBODY, NOBODY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(theirs / "cache"))
+    with pytest.raises(LayerError, match=f"belongs to user {NOBODY}"):
+        default_path()
+
+
+def test_many_leaning_layers_do_not_pile_up_descriptors(place: Path) -> None:
+    layers = [[m.file(b"d/f%d" % number)] for number in range(40)]
+    found = image(place, [m.directory(b"", mode=0o755), m.directory(b"d")], *layers)
+    before = len(os.listdir("/proc/self/fd"))
+    gc.disable()
+    try:
+        assert len(open_cache(place).layer_directories(found)) == 81
+        assert len(os.listdir("/proc/self/fd")) < before + 20
+    finally:
+        gc.enable()
 
 
 @root
@@ -265,7 +297,7 @@ def test_full_disk(place: Path) -> None:
 
     found = image(place, [m.file(b"big", os.urandom(2 << 20))])
     (place / "cache").mkdir()
-    mount("none", place / "cache", "tmpfs", data="size=1m")
+    mount("none", place / "cache", "tmpfs", data="size=1m,mode=0700")
     try:
         with pytest.raises(LayerError, match="No space left") as caught:
             open_cache(place).layer_directories(found)
