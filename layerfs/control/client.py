@@ -7,28 +7,21 @@ import contextlib
 import errno
 import os
 import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 from layerfs.control import wire
+from layerfs.control.apart import INSIDE, Syncer
 from layerfs.errors import MountError
-from layerfs.fdutil import (
-    RESOLVE_BENEATH,
-    RESOLVE_NO_MAGICLINKS,
-    RESOLVE_NO_SYMLINKS,
-    RESOLVE_NO_XDEV,
-    OwnedFd,
-    at_path,
-    openat2,
-)
+from layerfs.fdutil import OwnedFd, at_path, openat2
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 #: Attempts at closing all files, each after some were renamed meanwhile.
 _ROUNDS = 100
 #: Seconds for one fsync, which may have much to write.
 _PATIENCE = 60.0
-_INSIDE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV
+#: What opening a name says that is not there any more, or has become something else.
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV)
 
 
 class Connection:
@@ -37,15 +30,22 @@ class Connection:
     def __init__(self, mountpoint: str, work: str) -> None:
         """`work`: the mount's work directory. Raises MountError."""
         self._mountpoint = mountpoint
+        self._closed = False
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._file = self._socket.makefile("rb")
+        self._syncer: Syncer | None = None
         try:
             self._root = OwnedFd(os.open(mountpoint, _DIRECTORY))
+            self._syncer = Syncer(self._root.fd, _PATIENCE)
             state = OwnedFd(os.open(os.path.join(work, wire.STATE), _DIRECTORY))
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             self._socket.connect(at_path(state.fd, wire.SOCKET.encode()))
+            greeting = self._receive()
         except OSError as error:
+            self.close()
             raise self._lost(error) from None
-        self._file = self._socket.makefile("rb")
-        greeting = self._receive()
+        except MountError:
+            self.close()
+            raise
         if greeting.get("protocol") != wire.PROTOCOL:
             self.close()
             raise MountError(
@@ -61,9 +61,13 @@ class Connection:
         self.close()
 
     def close(self) -> None:
+        """May be called again."""
+        self._closed = True
         self._file.close()
         self._socket.close()
-        self._root.close()
+        if self._syncer is not None:  # and with it the root
+            self._syncer.close()
+            self._root.close()
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Raises MountError where it cannot be done, or the daemon is gone."""
@@ -102,9 +106,10 @@ class Connection:
     @contextlib.contextmanager
     def held(self, inode: int, path: bytes) -> Iterator[bool]:
         try:
-            file = self._open(path)
+            # O_PATH: see `apart`.
+            file = OwnedFd(openat2(self._root.fd, path, os.O_PATH, resolve=INSIDE))
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV):
+            if error.errno not in _GONE:
                 raise
             yield False
             return
@@ -113,14 +118,30 @@ class Connection:
             yield False
             return
         try:
-            os.fsync(file.fd)
+            self._fsync(path)
             yield bool(self.ask("held", node=node)["held"])
         finally:
-            self.ask("release", node=node)
+            if not self._closed:
+                self.ask("release", node=node)
 
-    def _open(self, path: bytes) -> OwnedFd:
-        """A file of the mount. Raises OSError."""
-        return OwnedFd(openat2(self._root.fd, path, os.O_RDONLY | os.O_NONBLOCK, resolve=_INSIDE))
+    def _fsync(self, path: bytes) -> None:
+        """What is gone meanwhile is left; whoever asks next will learn that nothing was closed. Raises
+        MountError: then all is given free."""
+        name = os.fsdecode(path)
+        assert self._syncer is not None
+        try:
+            self._syncer.fsync(path)
+        except TimeoutError:
+            # It may wait for the lock of a directory that a held change has, or for the mount's background
+            # requests, of which held ones may be too many.
+            self.close()
+            raise MountError(f"{self._mountpoint}: {name} is in use and cannot be held; try again") from None
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise MountError(
+                    f"{self._mountpoint}: {name} is written to, and cannot be held: {error.strerror}",
+                    error.errno,
+                ) from None
 
     # -- everything ----------------------------------------------------------------------------------
 
@@ -131,38 +152,6 @@ class Connection:
             if not answer["open"]:
                 self.ask("paused")
                 return
-            for text, node in zip(answer["open"], answer["nodes"], strict=True):
-                self._sync(os.fsencode(text), node)
+            for text in answer["open"]:
+                self._fsync(os.fsencode(text))
         raise MountError(f"{self._mountpoint}: files in it are renamed too fast for a pause; try again")
-
-    def _sync(self, path: bytes, node: int) -> None:
-        """fsync of a file that is open for writing, if `path` still is it. Raises MountError.
-
-        In a thread: where the way to it is not in the kernel's cache (another name of a hard link), it may
-        wait for the lock of a directory that a held change has. Then all is given free."""
-
-        def work() -> None:
-            try:
-                file = self._open(path)
-                # Renamed meanwhile, or something is mounted over it: the next round will tell.
-                if os.fstat(file.fd).st_ino == node:
-                    os.fsync(file.fd)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV):
-                    failed.append(error)
-
-        failed: list[OSError] = []
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        thread.join(_PATIENCE)
-        if thread.is_alive():
-            self.close()
-            raise MountError(
-                f"{self._mountpoint}: cannot be paused: {os.fsdecode(path)} is in use; try again"
-            )
-        if failed:
-            raise MountError(
-                f"{self._mountpoint}: cannot be paused: {os.fsdecode(path)} is written to, and cannot be"
-                f" opened: {failed[0].strerror}",
-                failed[0].errno,
-            )

@@ -208,6 +208,48 @@ def test_a_killed_commit_lets_go(mounted: Layerfs) -> None:
     assert writer.ended() == 0
 
 
+HOLDER = """
+import os, sys, time
+from layerfs.control.client import Connection
+connection = Connection(sys.argv[1], sys.argv[2])
+with connection.held(int(sys.argv[3]), b"big") as found:
+    print(found, flush=True)
+    time.sleep(100)
+"""
+MAPPER = """
+import mmap
+file = open(mnt + "big", "r+b")
+mapping = mmap.mmap(file.fileno(), 0)
+said("mapped"); heard()
+for at in range(0, len(mapping), 4096):
+    mapping[at] = 1
+said("stored"); heard()
+mapping.flush()
+"""
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_holder_leaves_nothing_held(mounted: Layerfs, sig: signal.Signals) -> None:
+    """Though others have stored through a mapping of what it holds, and their pages wait to be written."""
+    (mounted.mnt / "big").write_bytes(bytes(16 << 20))
+    mapper = Child(mounted, MAPPER)
+    assert mapper.hear() == "mapped"
+    assert mounted.stack.upper is not None and mounted.stack.work is not None
+    inode = (mounted.stack.upper / "big").stat().st_ino
+    words = [sys.executable, "-c", HOLDER, str(mounted.mnt), str(mounted.stack.work), str(inode)]
+    holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "True\n"
+    mapper.tell()
+    assert mapper.hear() == "stored"
+    mapper.tell()
+    time.sleep(MOMENT)
+    assert mapper.process.poll() is None, "its pages are held"
+    holder.send_signal(sig)
+    assert holder.wait(PATIENCE) == -sig
+    holder.stdout.close()
+    assert mapper.ended() == 0
+
+
 def test_the_mount_can_be_ended_while_paused(mounted: Layerfs) -> None:
     """What waits is carried out or fails; nothing that succeeded is lost; the pause ends with the mount."""
     child = Child(mounted, 'fd = os.open(mnt + "f", os.O_RDWR)\n' + _TELLS + 'os.pwrite(fd, b"x", 0)')

@@ -1,0 +1,95 @@
+"""fsync of files of a mount, each in a process of its own, for whoever has their writers held.
+
+Why apart: closing a file of a FUSE mount waits until the pages that others stored through mappings are
+written back (fs/fuse/file.c fuse_flush), and a held WRITE is not answered. The holder must not be the one
+that waits: killed, it would close the file before its socket, and nobody could give anything free. So the
+process that has the control socket never opens a file of the mount for reading or writing, and these here do
+not have the socket.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import struct
+
+from layerfs.fdutil import (
+    RESOLVE_BENEATH,
+    RESOLVE_NO_MAGICLINKS,
+    RESOLVE_NO_SYMLINKS,
+    RESOLVE_NO_XDEV,
+    openat2,
+)
+
+INSIDE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV
+#: errno or 0, and the inode number of what was synced.
+_ANSWER = struct.Struct("=iQ")
+_LONGEST = 1 << 16
+
+
+class Syncer:
+    """A process that starts one more for each file. To be made before there are threads; ends with whoever
+    made it."""
+
+    def __init__(self, root: int, patience: float) -> None:
+        """`root`: a descriptor of the mount's root. `patience`: seconds for one file. Raises OSError."""
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(patience)
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                self._socket.close()
+                _serve(theirs, root)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def fsync(self, path: bytes) -> int:
+        """fsync of the file `path` of the mount; returns its inode number. Raises OSError, TimeoutError when
+        the patience is at its end: then there must be no other call."""
+        if len(path) > _LONGEST:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        self._socket.send(path)
+        answer = self._socket.recv(_ANSWER.size)
+        if len(answer) != _ANSWER.size:
+            raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        number, inode = _ANSWER.unpack(answer)
+        if number:
+            raise OSError(number, os.strerror(number))
+        return int(inode)
+
+    def close(self) -> None:
+        """May be called again."""
+        self._socket.close()
+        pid, self._pid = self._pid, 0
+        if pid:
+            os.waitpid(pid, 0)
+
+
+def _serve(sock: socket.socket, root: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for all; the end of the socket is ours
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    low, high = sorted((root, sock.fileno()))
+    os.closerange(0, low)
+    os.closerange(low + 1, high)
+    os.closerange(high + 1, os.sysconf("SC_OPEN_MAX"))
+    for _ in range(3):
+        os.open(os.devnull, os.O_RDWR)  # the standard streams, unless they are in use here
+    while path := sock.recv(_LONGEST):
+        if os.fork() == 0:
+            try:
+                sock.send(_sync(root, path))
+            finally:
+                os._exit(0)  # which may wait until the file is given free
+
+
+def _sync(root: int, path: bytes) -> bytes:
+    try:
+        fd = openat2(root, path, os.O_RDONLY | os.O_NONBLOCK, resolve=INSIDE)
+        inode = os.fstat(fd).st_ino
+        os.fsync(fd)
+        return _ANSWER.pack(0, inode)
+    except OSError as error:
+        return _ANSWER.pack(error.errno or errno.EIO, 0)
