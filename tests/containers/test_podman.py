@@ -101,7 +101,7 @@ def test_diff_and_commit_tell_the_same(make_store: MakeStore) -> None:
     assert told["layerfs"] == told["vfs"]
     assert_same_layers(layers["layerfs"], layers["vfs"], "vfs")
     assert read["layerfs"] == read["vfs"] == "two namesmore\nno directory\n"
-    # nor does it tell what a new directory hides of the old one; of the linked names now both, now one or none
+    # nor does it tell what a new directory hides of the old one; of the linked names now both, now one
     names = {"C /srv/first", "C /srv/second", "D /srv/old/deep"}
     assert {*told["layerfs"]} ^ {*told["fuse-overlayfs"]} <= names
     linked = ("srv/first", "srv/second", "srv/old/.wh.deep")
