@@ -5,28 +5,23 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
 import click
 
 from layerfs.cli import talk
 from layerfs.cli.image_options import Target, commit_image, image_as_json, image_lines, image_options
+from layerfs.cli.layer_output import LayerOutput, layer_as_json, layer_lines, layer_output
 from layerfs.cli.progress import bar
 from layerfs.cli.upper_options import Chosen, upper_options
 from layerfs.control.reading import Reading, reading, refuse_output_in
 from layerfs.errors import UsageError
-from layerfs.oci.commit import CommitOptions, Summary, output_file, write_layer
-from layerfs.oci.streams import COMPRESSIONS
+from layerfs.oci.commit import CommitOptions, Summary, write_layer
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @upper_options
 @image_options
-@click.option("-o", "--output", metavar="FILE", help="Where the layer goes; '-' and default: stdout.")
-@click.option(
-    "--compression", type=click.Choice(COMPRESSIONS), default="none", show_default=True, help="Of the layer."
-)
-@click.option("--level", type=int, metavar="N", help="Of the compression. [default: a fast one]")
+@layer_output
 @click.option(
     "--keep-unchanged",
     is_flag=True,
@@ -49,9 +44,7 @@ from layerfs.oci.streams import COMPRESSIONS
 @click.option("--json", "as_json", is_flag=True, help="The summary as one JSON object; no progress bar.")
 def command(
     chosen: Chosen,
-    output: str | None,
-    compression: str,
-    level: int | None,
+    output: LayerOutput,
     keep_unchanged: bool,
     exclude: tuple[str, ...],
     pause: bool,
@@ -66,12 +59,14 @@ def command(
     With --layout an image is made of it and nothing else is written. When nothing has changed the image gets
     a history entry without a layer, or, with nothing to tell, is the base as it is.
     """
-    options = CommitOptions(compression, level, keep_unchanged, exclude)
-    if target is not None and output is not None:
+    options = CommitOptions(output.compression, output.level, keep_unchanged, exclude)
+    if target is None:
+        output.refuse_terminal()
+        refuse_output_in(chosen.mountpoint, output.target())
+    elif output.path is not None:
         raise UsageError("give either --output or --layout, not both")
-    if target is None and output in (None, "-") and sys.stdout.isatty():
-        raise UsageError("a layer is not for the terminal: give -o FILE, or send the output elsewhere")
-    refuse_output_in(chosen.mountpoint, _place(target, output))
+    else:
+        refuse_output_in(chosen.mountpoint, os.path.join(target.path, "index.json"))
     opened = reading(
         chosen.mountpoint, chosen.upper, chosen.lowers, chosen.userxattr, durable=True, pause=pause
     )
@@ -81,31 +76,14 @@ def command(
         return _commit_to_file(output, source, options, as_json)
 
 
-def _place(target: Target | None, output: str | None) -> int | str:
-    """Where the result goes: a path, or the descriptor of stdout."""
-    if target is not None:
-        return os.path.join(target.path, "index.json")
-    return sys.stdout.fileno() if output is None or output == "-" else output
-
-
-def _commit_to_file(output: str | None, source: Reading, options: CommitOptions, as_json: bool) -> int:
-    to_stdout = output in (None, "-")
-    with bar("commit", quiet=as_json) as progress:
-        if to_stdout:
-            sys.stdout.flush()
-            summary = write_layer(
-                source.stack, sys.stdout.fileno(), options, progress, snapshots=source.snapshots
-            )
-            source.check()
-        else:
-            assert output is not None and source.stack.upper is not None
-            with output_file(output, keep_out_of=source.stack.upper.fd.fd) as fd:
-                summary = write_layer(source.stack, fd, options, progress, snapshots=source.snapshots)
-                source.check()
+def _commit_to_file(output: LayerOutput, source: Reading, options: CommitOptions, as_json: bool) -> int:
+    assert source.stack.upper is not None
+    with bar("commit", quiet=as_json) as progress, output.open(source.stack.upper.fd.fd) as fd:
+        summary = write_layer(source.stack, fd, options, progress, snapshots=source.snapshots)
+        source.check()
     for note in summary.notes:
         talk.note("layerfs commit", note)
-    text = json.dumps(_as_json(summary)) if as_json else "\n".join(_lines(summary))
-    print(text, file=sys.stderr if to_stdout else sys.stdout)
+    output.say(json.dumps(_as_json(summary)) if as_json else "\n".join(_lines(summary)))
     return 0
 
 
@@ -122,31 +100,17 @@ def _commit_to_layout(target: Target, source: Reading, options: CommitOptions, a
 
 
 def _lines(summary: Summary) -> list[str]:
-    written = summary.written
-    size = f"{summary.file_bytes:,} in files"
-    if written.size != written.tar_size:
-        size += f", {written.tar_size:,} uncompressed"
     counts = f"{summary.added} added, {summary.changed} changed, {summary.deleted} deleted"
     if summary.unchanged:
         counts += f", {summary.unchanged} left out as unchanged"
     if summary.excluded:
         counts += f", {summary.excluded} excluded"
-    return [
-        f"DiffID   {written.diff_id}",
-        f"Digest   {written.digest}",
-        f"Size     {written.size:,} bytes ({size})",
-        f"Changes  {counts}",
-    ]
+    details = f"{summary.file_bytes:,} in files"
+    return [*layer_lines(summary.written, details), f"Changes  {counts}"]
 
 
 def _as_json(summary: Summary) -> dict[str, object]:
-    written = summary.written
-    return {
-        "diff_id": written.diff_id,
-        "digest": written.digest,
-        "media_type": written.media_type,
-        "size": written.size,
-        "uncompressed_size": written.tar_size,
+    return layer_as_json(summary.written) | {
         "file_bytes": summary.file_bytes,
         "added": summary.added,
         "changed": summary.changed,

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from layerfs.cli import talk
-from layerfs.control.reading import Reading
+from layerfs.control.reading import Reading, nearest_directory
 from layerfs.errors import UsageError
+from layerfs.fdutil import OwnedFd
 from layerfs.ids import DiffId
-from layerfs.oci.append import Appended, ImageOptions, append_layer
 from layerfs.oci.commit import CommitOptions, Summary, is_inside, write_layer
-from layerfs.oci.image import Image
-from layerfs.oci.layout import check_tag
 from layerfs.oci.member import display
 from layerfs.oci.progress import Progress
-from layerfs.oci.references import open_image, split_new_reference
-from layerfs.oci.streams import Written, check_level
+from layerfs.oci.streams import Written
 from layerfs.stack import Stack
+
+if TYPE_CHECKING:
+    from layerfs.oci.append import Appended, ImageOptions
+    from layerfs.oci.image import Image
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,26 @@ class Target:
 
     def __str__(self) -> str:
         return f"{display(os.fsencode(self.path))}:{self.tag}"
+
+
+message_option = click.option("-m", "--message", metavar="TEXT", help="For the image's history.")
+author_option = click.option(
+    "-a", "--author", metavar="TEXT", default="", help="For the image and its history."
+)
+change_option = click.option(
+    "-c",
+    "--change",
+    "changes",
+    multiple=True,
+    metavar="INSTRUCTION",
+    help="Change how containers of the image run, by an instruction of a Dockerfile: CMD, ENTRYPOINT, ENV,"
+    " EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME or WORKDIR. May be repeated.",
+)
+
+
+def made_by(program: str, changes: Sequence[str]) -> str:
+    """What the history says of a command, unless somebody says something else."""
+    return " ".join((program, *(f"--change {shlex.quote(each)}" for each in changes)))
 
 
 def image_options(command: Callable[..., int]) -> Callable[..., int]:
@@ -54,28 +75,20 @@ def image_options(command: Callable[..., int]) -> Callable[..., int]:
         help="The image that the layer goes upon: DIR:TAG, DIR@sha256:..., or FILE.tar[:REPO:TAG] as docker"
         " save writes it. Without it the image has this layer alone.",
     )
-    @click.option("-m", "--message", metavar="TEXT", default="", help="For the image's history.")
-    @click.option("-a", "--author", metavar="TEXT", default="", help="For the image and its history.")
+    @message_option
+    @author_option
     @click.option(
         "--created-by",
         metavar="TEXT",
         help="For the image's history. [default: this command and its changes]",
     )
-    @click.option(
-        "-c",
-        "--change",
-        "changes",
-        multiple=True,
-        metavar="INSTRUCTION",
-        help="Change how containers of the image run, by an instruction of a Dockerfile: CMD, ENTRYPOINT,"
-        " ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME or WORKDIR. May be repeated.",
-    )
+    @change_option
     @wraps(command)
     def told(
         *arguments: Any,
         layout: str | None,
         base: str | None,
-        message: str,
+        message: str | None,
         author: str,
         created_by: str | None,
         changes: tuple[str, ...],
@@ -85,11 +98,14 @@ def image_options(command: Callable[..., int]) -> Callable[..., int]:
             if base or message or author or created_by or changes:
                 raise UsageError("--base, --message, --author, --created-by and --change need --layout")
             return command(*arguments, target=None, **rest)
+        # Documents of images take 30 ms to import; most layers go into none.
+        from layerfs.oci.append import ImageOptions
+        from layerfs.oci.references import open_image, split_new_reference
+
         path, tag = split_new_reference(layout)
-        check_tag(tag)
         if created_by is None:
-            created_by = " ".join(("layerfs commit", *(f"--change {shlex.quote(each)}" for each in changes)))
-        options = ImageOptions(created_by, message, author, changes)
+            created_by = made_by("layerfs commit", changes)
+        options = ImageOptions(created_by, message or "", author, changes)
         target = Target(path, tag, open_image(base) if base is not None else None, options)
         return command(*arguments, target=target, **rest)
 
@@ -100,8 +116,9 @@ def commit_image(
     target: Target, source: Reading, options: CommitOptions, progress: Progress
 ) -> tuple[Summary, Appended]:
     """Makes the image. Raises UsageError, LayerError."""
+    from layerfs.oci.append import append_layer
+
     stack = source.stack
-    check_level(options.compression, options.level)
     _refuse_inside(target.path, source)
     _compare_with_base(target, stack)
     summary: Summary | None = None
@@ -181,18 +198,9 @@ def image_as_json(target: Target, appended: Appended) -> dict[str, object]:
 def _refuse_inside(path: str, source: Reading) -> None:
     """A layout in the upper would be part of what it is made of."""
     assert source.stack.upper is not None
-    existing = path
-    while not os.path.isdir(existing):
-        above = os.path.dirname(existing.rstrip("/")) or "."
-        if above == existing:
-            break
-        existing = above
     try:
-        fd = os.open(existing, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = OwnedFd(os.open(nearest_directory(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as error:
         raise UsageError(f"{display(os.fsencode(path))}: {error.strerror}") from None
-    try:
-        if is_inside(fd, source.stack.upper.fd.fd):
-            raise UsageError(f"{display(os.fsencode(path))}: lies in the upper directory: name another place")
-    finally:
-        os.close(fd)
+    if is_inside(fd.fd, source.stack.upper.fd.fd):
+        raise UsageError(f"{display(os.fsencode(path))}: lies in the upper directory: name another place")

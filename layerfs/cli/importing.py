@@ -5,20 +5,26 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 
 import click
 
 from layerfs.cli import talk
-from layerfs.cli.image_options import Target, image_as_json, image_lines
+from layerfs.cli.image_options import (
+    Target,
+    author_option,
+    change_option,
+    image_as_json,
+    image_lines,
+    made_by,
+    message_option,
+)
 from layerfs.cli.layer_output import layer_as_json, layer_lines, packing
 from layerfs.cli.progress import bar
 from layerfs.errors import LayerError, UsageError
 from layerfs.oci.append import ImageOptions, append_layer
 from layerfs.oci.importing import Imported, import_tar
 from layerfs.oci.join import CountedSource
-from layerfs.oci.layout import check_tag
 from layerfs.oci.member import display
 from layerfs.oci.references import split_new_reference
 from layerfs.oci.streams import LayerSink, LayerSource, Written
@@ -34,24 +40,16 @@ _PROGRAM = "layerfs import"
     help="Where the image goes: an OCI image layout, which is made when it is not there."
     " [default of TAG: latest]",
 )
-@click.option("-m", "--message", metavar="TEXT", default="", help="For the image's history.")
-@click.option("-a", "--author", metavar="TEXT", default="", help="For the image and its history.")
-@click.option(
-    "-c",
-    "--change",
-    "changes",
-    multiple=True,
-    metavar="INSTRUCTION",
-    help="How containers of the image run, by an instruction of a Dockerfile: CMD, ENTRYPOINT, ENV, EXPOSE,"
-    " LABEL, STOPSIGNAL, USER, VOLUME or WORKDIR. May be repeated.",
-)
+@message_option
+@author_option
+@change_option
 @packing
 @click.option("--json", "as_json", is_flag=True, help="The summary as one JSON object; no progress bar.")
 @click.argument("archive", metavar="FILE.tar|-")
 def command(
     archive: str,
     layout: str,
-    message: str,
+    message: str | None,
     author: str,
     changes: tuple[str, ...],
     compression: str,
@@ -66,10 +64,8 @@ def command(
     and whiteouts, as they make a layer. Dropped with a note: overlay's own attributes, character devices 0/0.
     """
     path, tag = split_new_reference(layout)
-    check_tag(tag)
     shown = "standard input" if archive == "-" else display(os.fsencode(archive))
-    created_by = " ".join((_PROGRAM, *(f"--change {shlex.quote(each)}" for each in changes)))
-    options = ImageOptions(created_by, message, author, changes)
+    options = ImageOptions(made_by(_PROGRAM, changes), message or "", author, changes)
     told: list[tuple[Imported, Written]] = []
     with bar("import", quiet=as_json) as progress:
         with _open(archive, shown) as source:

@@ -33,13 +33,17 @@ class LayerOutput:
         """The path, or the descriptor of stdout."""
         return sys.stdout.fileno() if self.path is None or self.path == "-" else self.path
 
+    def refuse_terminal(self) -> None:
+        """Raises UsageError where the tar would go to a terminal."""
+        if self.to_stdout and sys.stdout.isatty():
+            raise UsageError("a tar is not for the terminal: give -o FILE, or send the output elsewhere")
+
     @contextlib.contextmanager
     def open(self, keep_out_of: int | None = None) -> Iterator[int]:
         """A descriptor to write the layer to; a file appears when it is whole, and not in the directory that
         the descriptor `keep_out_of` is. Raises UsageError, LayerError."""
+        self.refuse_terminal()
         if self.path is None or self.path == "-":
-            if sys.stdout.isatty():
-                raise UsageError("a tar is not for the terminal: give -o FILE, or send the output elsewhere")
             sys.stdout.flush()
             yield sys.stdout.fileno()
             return
@@ -87,10 +91,11 @@ def packing(command: Callable[..., int]) -> Callable[..., int]:
     return told
 
 
-def layer_lines(written: Written) -> list[str]:
-    size = f"{written.size:,} bytes"
+def layer_lines(written: Written, *details: str) -> list[str]:
+    """`details` of the size."""
     if written.size != written.tar_size:
-        size += f" ({written.tar_size:,} uncompressed)"
+        details = (*details, f"{written.tar_size:,} uncompressed")
+    size = f"{written.size:,} bytes" + (f" ({', '.join(details)})" if details else "")
     return [f"DiffID   {written.diff_id}", f"Digest   {written.digest}", f"Size     {size}"]
 
 

@@ -9,14 +9,13 @@ from functools import partial
 import click
 
 from layerfs.cli import talk
-from layerfs.cli.image_options import Target, image_as_json, image_lines
+from layerfs.cli.image_options import Target, author_option, image_as_json, image_lines, message_option
 from layerfs.cli.layer_output import LayerOutput, layer_as_json, layer_lines, layer_output
 from layerfs.cli.progress import bar
 from layerfs.errors import UsageError
 from layerfs.oci.append import ImageOptions
 from layerfs.oci.image import Image
 from layerfs.oci.join import Joined, TarFile, join_layers
-from layerfs.oci.layout import check_tag
 from layerfs.oci.references import open_image, split_new_reference
 from layerfs.oci.squash import squash
 from layerfs.oci.streams import LayerSink, Written
@@ -33,8 +32,8 @@ _PROGRAM = "layerfs squash"
 )
 @click.option("--from", "first", type=int, metavar="N", help="Join the layers from N on; 1 is the lowest.")
 @click.option("--last", type=int, metavar="N", help="Join the N top layers. [default: all layers]")
-@click.option("-m", "--message", metavar="TEXT", help="For the image's history.")
-@click.option("-a", "--author", metavar="TEXT", default="", help="For the image and its history.")
+@message_option
+@author_option
 @click.option(
     "--whole",
     is_flag=True,
@@ -73,7 +72,6 @@ def command(
     if len(sources) != 1:
         raise UsageError("with --layout give one IMAGE")
     path, tag = split_new_reference(layout)
-    check_tag(tag)
     image = open_image(sources[0])
     begin = _begin(image, first, last)
     count = len(image.layers) - begin

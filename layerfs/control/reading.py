@@ -72,16 +72,19 @@ def refuse_output_in(mountpoint: str | None, output: int | str) -> None:
         if isinstance(output, int):
             name, device = "the output", os.fstat(output).st_dev
         else:
-            name, device = display(os.fsencode(output)), os.stat(_existing(output)).st_dev
+            name, device = (
+                display(os.fsencode(output)),
+                os.stat(nearest_directory(os.path.dirname(output))).st_dev,
+            )
     except OSError:
         return  # whoever opens it will say so
     if device == mount:
         raise UsageError(f"{name}: lies in the mount that is being read; give another place")
 
 
-def _existing(path: str) -> str:
-    """The directory in which `path`, or the first directory on the way to it, would be made."""
-    here = os.path.dirname(os.path.abspath(path))
+def nearest_directory(path: str) -> str:
+    """`path`, or the directory in which the first one on the way to it would be made."""
+    here = os.path.abspath(path)
     while not os.path.isdir(here):
         here = os.path.dirname(here)
     return here

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from layerfs.errors import LayerError, UsageError
+from layerfs.fdutil import fd_path
 from layerfs.oci.changes import Change, ChangeFinder, ChangeKind, whiteout_member
 from layerfs.oci.exclude import Excluded
 from layerfs.oci.member import display, made_up_time
 from layerfs.oci.progress import Progress, Silent
 from layerfs.oci.snapshot import Snapshots
-from layerfs.oci.streams import LayerSink, Written, check_level
+from layerfs.oci.streams import LayerSink, Written
 from layerfs.oci.tarwriter import TarWriter
 from layerfs.stack import Layer, Stack
 
@@ -67,7 +68,6 @@ def write_layer(
     cannot be written."""
     options = options or CommitOptions()
     progress = progress or Silent()
-    check_level(options.compression, options.level)
     seconds = made_up_time()
     notes: list[str] = []
     finder = ChangeFinder(
@@ -130,7 +130,7 @@ def _size(upper: Layer) -> int:
     """Bytes of the files in an upper: an estimate of what there is to do, for somebody who watches. Raises
     nothing."""
     total = 0
-    todo = [b"/proc/self/fd/%d" % upper.fd.fd]
+    todo = [fd_path(upper.fd.fd)]
     while todo:
         try:
             with os.scandir(todo.pop()) as entries:

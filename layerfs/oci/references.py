@@ -15,7 +15,7 @@ from layerfs.errors import ImageError, UsageError
 from layerfs.ids import Digest
 from layerfs.oci.docker_archive import DockerArchive
 from layerfs.oci.image import Image
-from layerfs.oci.layout import Layout
+from layerfs.oci.layout import Layout, check_tag
 from layerfs.oci.member import display
 from layerfs.oci.resolve import DEFAULT_TAG, find, load
 
@@ -42,19 +42,20 @@ def split_reference(reference: str) -> tuple[str, str | Digest | None]:
 
 
 def split_new_reference(reference: str) -> tuple[str, str]:
-    """Directory and tag of a reference to an image that is to be written. Raises UsageError."""
+    """Directory and tag of a reference to an image that is to be written. Raises UsageError, also for what
+    cannot be a tag."""
     if _DIGEST.fullmatch(reference):
         raise UsageError(f"{display(os.fsencode(reference))}: an image is written under a tag, not a digest")
     try:
-        path, tag = split_reference(reference)
-        return path, tag or DEFAULT_TAG
-    except ImageError:
-        pass  # it is not there yet
-    path, colon, tag = reference.rpartition(":")
-    if not colon or "/" in tag:
-        path, tag = reference, DEFAULT_TAG
-    if not path or not tag:
-        raise UsageError(f"{display(os.fsencode(reference))}: give DIRECTORY:TAG")
+        path, given = split_reference(reference)
+        tag = given or DEFAULT_TAG
+    except ImageError:  # it is not there yet
+        path, colon, tag = reference.rpartition(":")
+        if not colon or "/" in tag:
+            path, tag = reference, DEFAULT_TAG
+        if not path or not tag:
+            raise UsageError(f"{display(os.fsencode(reference))}: give DIRECTORY:TAG") from None
+    check_tag(tag)
     return path, tag
 
 
