@@ -15,17 +15,10 @@ import signal
 import socket
 import struct
 
-from layerfs.fdutil import (
-    RESOLVE_BENEATH,
-    RESOLVE_NO_MAGICLINKS,
-    RESOLVE_NO_SYMLINKS,
-    RESOLVE_NO_XDEV,
-    openat2,
-)
+from layerfs.fdutil import RESOLVE_INSIDE_MOUNT, openat2
 
-INSIDE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV
-#: errno or 0, and the inode number of what was synced.
-_ANSWER = struct.Struct("=iQ")
+#: errno, or 0.
+_ANSWER = struct.Struct("=i")
 _LONGEST = 1 << 16
 
 
@@ -46,19 +39,18 @@ class Syncer:
                 os._exit(0)
         theirs.close()
 
-    def fsync(self, path: bytes) -> int:
-        """fsync of the file `path` of the mount; returns its inode number. Raises OSError, TimeoutError when
-        the patience is at its end: then there must be no other call."""
+    def fsync(self, path: bytes) -> None:
+        """fsync of the file `path` of the mount. Raises OSError, TimeoutError when the patience is at its
+        end: then there must be no other call."""
         if len(path) > _LONGEST:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         self._socket.send(path)
         answer = self._socket.recv(_ANSWER.size)
         if len(answer) != _ANSWER.size:
             raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-        number, inode = _ANSWER.unpack(answer)
+        (number,) = _ANSWER.unpack(answer)
         if number:
             raise OSError(number, os.strerror(number))
-        return int(inode)
 
     def close(self) -> None:
         """May be called again."""
@@ -80,16 +72,16 @@ def _serve(sock: socket.socket, root: int) -> None:
     while path := sock.recv(_LONGEST):
         if os.fork() == 0:
             try:
-                sock.send(_sync(root, path))
+                sock.send(_ANSWER.pack(_sync(root, path)))
             finally:
                 os._exit(0)  # which may wait until the file is given free
 
 
-def _sync(root: int, path: bytes) -> bytes:
+def _sync(root: int, path: bytes) -> int:
+    """errno, or 0."""
     try:
-        fd = openat2(root, path, os.O_RDONLY | os.O_NONBLOCK, resolve=INSIDE)
-        inode = os.fstat(fd).st_ino
+        fd = openat2(root, path, os.O_RDONLY | os.O_NONBLOCK, resolve=RESOLVE_INSIDE_MOUNT)
         os.fsync(fd)
-        return _ANSWER.pack(0, inode)
+        return 0
     except OSError as error:
-        return _ANSWER.pack(error.errno or errno.EIO, 0)
+        return error.errno or errno.EIO

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from layerfs.control import wire
-from layerfs.control.apart import INSIDE, Syncer
+from layerfs.control.apart import Syncer
 from layerfs.errors import MountError
-from layerfs.fdutil import OwnedFd, at_path, openat2
+from layerfs.fdutil import RESOLVE_INSIDE_MOUNT, OwnedFd, at_path, openat2
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 #: Attempts at closing all files, each after some were renamed meanwhile.
@@ -107,7 +107,7 @@ class Connection:
     def held(self, inode: int, path: bytes) -> Iterator[bool]:
         try:
             # O_PATH: see `apart`.
-            file = OwnedFd(openat2(self._root.fd, path, os.O_PATH, resolve=INSIDE))
+            file = OwnedFd(openat2(self._root.fd, path, os.O_PATH, resolve=RESOLVE_INSIDE_MOUNT))
         except OSError as error:
             if error.errno not in _GONE:
                 raise

@@ -17,7 +17,7 @@ when it ends, however it ends.
     held        {"held": BOOL}                  asks with "node": it is closed, and nothing is under way on it
     release     {}                              asks with "node"
     pause       {"open": [PATH, ...]}           nothing is opened for writing any more; these are, and not
-                "nodes": [N, ...]               closed: make an fsync of each through the mount, and ask again
+                                                closed: make an fsync of each through the mount, and ask again
                                                 until there are none, then ask for
     paused      {}                              nothing changes from now on
 

@@ -56,10 +56,7 @@ class Controls:
         ]
         for node in found:
             self._session.expect(node.id)
-        return {
-            "open": [os.fsdecode(self._path(node)) for node in found],
-            "nodes": [node.id for node in found],
-        }
+        return {"open": [os.fsdecode(self._path(node)) for node in found]}
 
     def _path(self, node: Node) -> bytes:
         assert node.parent is not None

@@ -23,7 +23,7 @@ import time
 from layerfs.errors import LayerError, TarError
 from layerfs.fdutil import OwnedFd, at_path
 from layerfs.oci.beneath import ROOT, in_the_way, is_behind_link, names_in, remove, subdirectory
-from layerfs.oci.building import Applied, Builder
+from layerfs.oci.building import Applied, Builder, refusal
 from layerfs.oci.making import Parent, clean_acls
 from layerfs.oci.member import Kind, Member, display, join, made_up_time, split
 from layerfs.oci.plan import Plan
@@ -63,9 +63,7 @@ def _run(applier: _Applier, members: TarReader, target: str) -> Applied:
     except LayerError as error:
         raise LayerError(f"{error}; {part}", error.errno) from None
     except OSError as error:
-        name = error.filename
-        where = f" ({display(os.fsencode(name))})" if isinstance(name, (str, bytes)) else ""
-        raise LayerError(f"{error.strerror}{where}; {part}", error.errno) from error
+        raise LayerError(f"{refusal(error)}; {part}", error.errno) from error
 
 
 def check_layer(fd: int, target: str, progress: Progress | None = None) -> None:

@@ -1,7 +1,7 @@
 """Finding and removing things inside one directory, never outside: what a hostile tar or image names is only
 ever reached through here. Knows nothing of layers.
 
-Every way is opened from a directory's own descriptor with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS,
+Every way is opened from a directory's own descriptor with openat2 and RESOLVE_INSIDE_MOUNT,
 so a symbolic link that a layer planted is never followed; the last component is only ever named in calls that
 do not follow. What is mounted inside is no part of it either: a whiteout must not empty somebody's
 bind-mounted home.
@@ -17,17 +17,13 @@ from collections.abc import Iterator
 
 from layerfs.errors import LayerError, TarError
 from layerfs.fdutil import (
-    RESOLVE_BENEATH,
-    RESOLVE_NO_MAGICLINKS,
-    RESOLVE_NO_SYMLINKS,
-    RESOLVE_NO_XDEV,
+    RESOLVE_INSIDE_MOUNT,
     OwnedFd,
     at_path,
     openat2,
 )
 from layerfs.oci.member import display, join
 
-_BENEATH = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV
 #: How a directory is opened that may be a user's own choice: links in its path are his.
 ROOT = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 #: How one inside it is opened.
@@ -39,7 +35,7 @@ def open_beneath(directory: int, path: bytes, flags: int) -> OwnedFd:
     """Opens `path` inside `directory`. Raises LayerError at a mount point, OSError (ELOOP for a symbolic
     link)."""
     try:
-        return OwnedFd(openat2(directory, path, flags, resolve=_BENEATH))
+        return OwnedFd(openat2(directory, path, flags, resolve=RESOLVE_INSIDE_MOUNT))
     except OSError as error:
         if error.errno != errno.EXDEV:  # no name here has a `..`, and no link is followed: it is a mount
             raise

@@ -36,6 +36,13 @@ class Applied:
     notes: list[str] = field(default_factory=list)
 
 
+def refusal(error: OSError) -> str:
+    """What a file system refused, and where if it says so."""
+    name = error.filename
+    where = f" ({display(os.fsencode(name))})" if isinstance(name, (str, bytes)) else ""
+    return f"{error.strerror}{where}"
+
+
 class Builder:
     """One layer being made below `root`. Subclasses publish objects and carry out whiteouts."""
 

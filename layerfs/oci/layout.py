@@ -34,7 +34,7 @@ from types import TracebackType
 from typing import Any
 
 from layerfs.errors import ImageError, LayerError, UsageError
-from layerfs.fdutil import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, OwnedFd, openat2
+from layerfs.fdutil import RESOLVE_INSIDE, OwnedFd, openat2
 from layerfs.ids import Digest
 from layerfs.oci.image import (
     INDEX,
@@ -53,7 +53,6 @@ _MARK = b"oci-layout"
 _INDEX = b"index.json"
 _BLOBS = b"blobs/sha256"
 _TEMPORARY = re.compile(rb"\.layerfs-[0-9a-f]{16}\.tmp")
-_BENEATH = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _CHUNK = 1 << 20
 #: image-spec annotations.md, the grammar of ref.name.
@@ -156,7 +155,7 @@ class Layout:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, dir_fd=at.fd)
             os.fsync(at.fd)
-            at = OwnedFd(openat2(at.fd, name, _DIRECTORY, 0, _BENEATH))
+            at = OwnedFd(openat2(at.fd, name, _DIRECTORY, 0, RESOLVE_INSIDE))
 
     # -- reading ------------------------------------------------------------------------------------
 
@@ -213,7 +212,7 @@ class Layout:
 
     def _open_file(self, path: bytes) -> int:
         """O_NONBLOCK: a fifo must not keep us waiting for a writer."""
-        fd = openat2(self.fd, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, 0, _BENEATH)
+        fd = openat2(self.fd, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, 0, RESOLVE_INSIDE)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "it is no regular file", path)
@@ -341,7 +340,7 @@ class Layout:
 
     @contextlib.contextmanager
     def _blobs(self) -> Iterator[int]:
-        fd = openat2(self.fd, _BLOBS, _DIRECTORY, 0, _BENEATH)
+        fd = openat2(self.fd, _BLOBS, _DIRECTORY, 0, RESOLVE_INSIDE)
         try:
             yield fd
         finally:

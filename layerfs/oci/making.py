@@ -18,7 +18,7 @@ from typing import Protocol
 from layerfs.errors import LayerError, TarError
 from layerfs.fdutil import OwnedFd, at_path, fd_path
 from layerfs.oci.beneath import DIRECTORY_PATH, in_the_way, open_beneath, subdirectory
-from layerfs.oci.member import Kind, Member, display, split
+from layerfs.oci.member import OF_THIS_MACHINE, Kind, Member, display, split
 from layerfs.oci.tally import Tally
 from layerfs.overlay import acl
 from layerfs.overlay.names import FOREIGN, TRUSTED, USER
@@ -30,8 +30,6 @@ _ZEROS = bytes(_HOLE)
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ACLS = (acl.ACCESS, acl.DEFAULT)
 STEERING = (TRUSTED, USER, *FOREIGN)
-#: What the machine puts on everything, and ACLs that only a server can interpret.
-OF_THIS_MACHINE = ("security.selinux", "security.ima", "security.evm", "system.nfs4_acl")
 #: xattrs that stay on a directory though the layer does not name them: overlay's marks are among them.
 _KEPT = (*STEERING, *OF_THIS_MACHINE)
 

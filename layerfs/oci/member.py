@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -49,6 +50,36 @@ class Member:
     target: bytes = b""
     rdev: tuple[int, int] = (0, 0)
     xattrs: Mapping[str, bytes] = field(default_factory=dict)
+
+
+#: xattrs that the machine puts on every file, and ACLs that only a server can interpret: they are of this
+#: place, not of the image.
+OF_THIS_MACHINE = ("security.selinux", "security.ima", "security.evm", "system.nfs4_acl")
+_KINDS = {
+    stat.S_IFREG: Kind.FILE,
+    stat.S_IFDIR: Kind.DIR,
+    stat.S_IFLNK: Kind.SYMLINK,
+    stat.S_IFIFO: Kind.FIFO,
+    stat.S_IFCHR: Kind.CHAR,
+    stat.S_IFBLK: Kind.BLOCK,
+}
+
+
+def member_of(path: bytes, st: os.stat_result, xattrs: Mapping[str, bytes], target: bytes = b"") -> Member:
+    """An object, no socket, as a member under the name `path`; `target`: where a symbolic link points."""
+    kind = _KINDS[stat.S_IFMT(st.st_mode)]
+    return Member(
+        path,
+        kind,
+        stat.S_IMODE(st.st_mode),
+        st.st_uid,
+        st.st_gid,
+        st.st_mtime_ns,
+        st.st_size if kind is Kind.FILE else 0,
+        target,
+        (os.major(st.st_rdev), os.minor(st.st_rdev)) if kind in (Kind.CHAR, Kind.BLOCK) else (0, 0),
+        xattrs,
+    )
 
 
 def display(name: bytes) -> str:

@@ -16,30 +16,18 @@ from dataclasses import dataclass
 
 from layerfs.errors import LayerError
 from layerfs.fdutil import OwnedFd, at_path
-from layerfs.oci.member import Kind, Member, display
+from layerfs.oci.member import OF_THIS_MACHINE, Member, display, member_of
 from layerfs.oci.snapshot import Moment, Snapshots
 from layerfs.oci.tarwriter import read_chunks
 from layerfs.overlay.names import shown
 from layerfs.stack import LowerDir, Stack, data_source, read_marks
 
-#: Labels that the machine puts on every file, and ACLs that only a server can interpret: they are of this
-#: place, not of the image.
-_OF_THIS_MACHINE = ("security.selinux", "security.ima", "security.evm", "system.nfs4_acl")
 _COMPARE = 1 << 20
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 #: How often a name is looked at again that was one thing for lstat(2) and another for open(2).
 _TRIES = 5
 #: What open(2) and `Snapshots` say of a name that has become something else.
 _CHANGED = (errno.ELOOP, errno.ENXIO, errno.ESTALE)
-
-_KINDS = {
-    stat.S_IFREG: Kind.FILE,
-    stat.S_IFDIR: Kind.DIR,
-    stat.S_IFLNK: Kind.SYMLINK,
-    stat.S_IFIFO: Kind.FIFO,
-    stat.S_IFCHR: Kind.CHAR,
-    stat.S_IFBLK: Kind.BLOCK,
-}
 
 
 class Data:
@@ -146,12 +134,12 @@ class Objects:
                 return None
             target = os.readlink(name, dir_fd=directory.fd) if stat.S_ISLNK(st.st_mode) else b""
             _, xattrs = _xattrs(at_path(directory.fd, name))
-            return Found(_member(path, st, xattrs, target), st, None)
+            return Found(member_of(path, st, xattrs, target), st, None)
 
     def describe_root(self, root: LowerDir) -> Member:
         fd = self._stack.open(root).fd
         _, xattrs = _xattrs(at_path(fd, b"."))
-        return _member(b"", os.stat(fd), xattrs, b"")
+        return member_of(b"", os.stat(fd), xattrs)
 
     def _opened_file(
         self,
@@ -177,7 +165,7 @@ class Objects:
             data = Data((home.layer.index, home.path, name), fd=fd)
         if self._stack.names.metacopy in stored:
             data = self._data_below(home, directory, name, lowers)
-        return Found(_member(path, st, xattrs, b""), st, data)
+        return Found(member_of(path, st, xattrs), st, data)
 
     def _closed_file(
         self,
@@ -193,7 +181,7 @@ class Objects:
             data = self._data_below(home, directory, name, lowers)
         else:
             data = self._data_in(home, name)
-        return Found(_member(path, st, xattrs, b""), st, data)
+        return Found(member_of(path, st, xattrs), st, data)
 
     def _data_below(
         self, home: LowerDir, directory: OwnedFd, name: bytes, lowers: Sequence[LowerDir]
@@ -235,7 +223,7 @@ def _xattrs(where: int | bytes) -> tuple[list[str], dict[str, bytes]]:
         return [], found
     for stored in names:
         attribute = shown(stored)
-        if attribute is None or attribute in _OF_THIS_MACHINE:
+        if attribute is None or attribute in OF_THIS_MACHINE:
             continue
         try:
             found[attribute] = os.getxattr(where, stored, follow_symlinks=follow)
@@ -243,22 +231,6 @@ def _xattrs(where: int | bytes) -> tuple[list[str], dict[str, bytes]]:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENODATA):
                 raise
     return names, found
-
-
-def _member(path: bytes, st: os.stat_result, xattrs: dict[str, bytes], target: bytes) -> Member:
-    kind = _KINDS[stat.S_IFMT(st.st_mode)]
-    return Member(
-        path,
-        kind,
-        stat.S_IMODE(st.st_mode),
-        st.st_uid,
-        st.st_gid,
-        st.st_mtime_ns,
-        st.st_size if kind is Kind.FILE else 0,
-        target,
-        (os.major(st.st_rdev), os.minor(st.st_rdev)) if kind in (Kind.CHAR, Kind.BLOCK) else (0, 0),
-        xattrs,
-    )
 
 
 def unreadable(path: bytes, error: OSError) -> LayerError:

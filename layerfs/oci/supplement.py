@@ -18,22 +18,13 @@ from dataclasses import dataclass, replace
 from layerfs.errors import TarError
 from layerfs.fdutil import OwnedFd, at_path, fd_path
 from layerfs.oci.beneath import DIRECTORY, ROOT, behind_link, below_no_directory, open_beneath
-from layerfs.oci.making import OF_THIS_MACHINE, STEERING, ObjectMaker, Parent, clean_acls
+from layerfs.oci.making import STEERING, ObjectMaker, Parent, clean_acls
 from layerfs.oci.marking import Marks
-from layerfs.oci.member import Kind, Member, display, join, split
+from layerfs.oci.member import OF_THIS_MACHINE, Kind, Member, display, join, member_of, split
 from layerfs.oci.tally import Tally
 from layerfs.oci.unpack import Leaning
 from layerfs.overlay.names import TRUSTED, XattrNames
 from layerfs.stack import Entry, LowerDir, Stack, lower_directories, merge_directory
-
-_KINDS = {
-    stat.S_IFREG: Kind.FILE,
-    stat.S_IFDIR: Kind.DIR,
-    stat.S_IFLNK: Kind.SYMLINK,
-    stat.S_IFIFO: Kind.FIFO,
-    stat.S_IFCHR: Kind.CHAR,
-    stat.S_IFBLK: Kind.BLOCK,
-}
 
 
 def make_supplement(
@@ -54,29 +45,19 @@ def make_supplement(
 def describe(path: bytes, where: bytes, *, follow: bool) -> Member:
     """The object that the system path `where` leads to, as a member under the name `path`. Raises OSError."""
     st = os.stat(where, follow_symlinks=follow)
-    kind = _KINDS[stat.S_IFMT(st.st_mode)]
+    target = os.readlink(where) if stat.S_ISLNK(st.st_mode) else b""
     try:
         present = os.listxattr(where, follow_symlinks=follow)
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
         present = []
-    return Member(
-        path,
-        kind,
-        stat.S_IMODE(st.st_mode),
-        st.st_uid,
-        st.st_gid,
-        st.st_mtime_ns,
-        st.st_size if kind is Kind.FILE else 0,
-        os.readlink(where) if kind is Kind.SYMLINK else b"",
-        (os.major(st.st_rdev), os.minor(st.st_rdev)) if kind in (Kind.CHAR, Kind.BLOCK) else (0, 0),
-        {
-            attribute: os.getxattr(where, attribute, follow_symlinks=follow)
-            for attribute in sorted(present)
-            if not attribute.startswith((*STEERING, *OF_THIS_MACHINE))
-        },
-    )
+    xattrs = {
+        attribute: os.getxattr(where, attribute, follow_symlinks=follow)
+        for attribute in sorted(present)
+        if not attribute.startswith((*STEERING, *OF_THIS_MACHINE))
+    }
+    return member_of(path, st, xattrs, target)
 
 
 @dataclass(frozen=True, slots=True)

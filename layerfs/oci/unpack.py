@@ -28,7 +28,7 @@ from layerfs.errors import LayerError, LayerfsError, TarError
 from layerfs.fdutil import OwnedFd, fd_path
 from layerfs.ids import DiffId
 from layerfs.oci.beneath import ROOT, behind_link, below_no_directory, remove, subdirectory
-from layerfs.oci.building import Builder, drop_tree
+from layerfs.oci.building import Builder, drop_tree, refusal
 from layerfs.oci.making import Parent, clean_acls
 from layerfs.oci.marking import Marks
 from layerfs.oci.member import Kind, Member, display, join, split
@@ -80,9 +80,7 @@ def unpack_layer(source: LayerSource, directory: int, progress: Progress | None 
         except LayerfsError:
             raise
         except OSError as error:
-            name = error.filename
-            where = f" ({display(os.fsencode(name))})" if isinstance(name, (str, bytes)) else ""
-            raise LayerError(f"the layer cannot be unpacked: {error.strerror}{where}", error.errno) from error
+            raise LayerError(f"the layer cannot be unpacked: {refusal(error)}", error.errno) from error
         source.drain()
         return Unpacked(
             source.diff_id(),

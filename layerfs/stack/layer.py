@@ -1,7 +1,7 @@
 """One layer, a directory inside a lower layer, and the whole stack. Descriptors only: a layer's path is used
 once, to open it.
 
-Everything is opened relative to the layer's root with openat2 and RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS: no
+Everything is opened relative to the layer's root with openat2 and RESOLVE_INSIDE: no
 name, link or redirect that a layer's author wrote leads outside, nor does a mount point that covers a layer
 after it was opened.
 """
@@ -15,9 +15,7 @@ from functools import partial
 
 from layerfs.errors import LayerError
 from layerfs.fdutil import (
-    RESOLVE_BENEATH,
-    RESOLVE_NO_MAGICLINKS,
-    RESOLVE_NO_SYMLINKS,
+    RESOLVE_INSIDE,
     FdPool,
     OwnedFd,
     clone_mount,
@@ -32,7 +30,6 @@ from layerfs.overlay.names import XattrNames
 #: Bytes of a path that are handed to the kernel in one piece.
 _LONG = 3500
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
-INSIDE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
 
 
 class Layer:
@@ -208,8 +205,8 @@ class Stack:
     def _open(self, directory: LowerDir) -> int:
         if directory.parent is not None and len(directory.path) > _LONG:
             return _open_step(self.open(directory.parent), directory)
-        return openat2(directory.layer.fd.fd, directory.path, _DIRECTORY, resolve=INSIDE)
+        return openat2(directory.layer.fd.fd, directory.path, _DIRECTORY, resolve=RESOLVE_INSIDE)
 
 
 def _open_step(parent: OwnedFd, directory: LowerDir) -> int:
-    return openat2(parent.fd, directory.path.rpartition(b"/")[2], _DIRECTORY, resolve=INSIDE)
+    return openat2(parent.fd, directory.path.rpartition(b"/")[2], _DIRECTORY, resolve=RESOLVE_INSIDE)

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 
-from layerfs.fdutil import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, OwnedFd, fd_path, openat2
+from layerfs.fdutil import RESOLVE_INSIDE, OwnedFd, fd_path, openat2
 from layerfs.overlay.names import XattrNames
 from layerfs.upper.work import WorkDir, remove_tree
 
@@ -97,7 +97,7 @@ def _finish(work: WorkDir, upper: OwnedFd, journal: str, marks: XattrNames) -> N
                     upper.fd,
                     directory or b".",
                     os.O_PATH | os.O_DIRECTORY,
-                    resolve=RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS,
+                    resolve=RESOLVE_INSIDE,
                 )
             )
             before = os.fstat(parent.fd)
