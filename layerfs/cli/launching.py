@@ -117,9 +117,9 @@ def mount(
         raise UsageError("a work directory needs an upper directory")
     lowers = [absolute(lower) for lower in options.lowers]
     if options.owners:
-        from layerfs.runtime.idmapped import without_idmap
+        from layerfs.runtime.idmapped import without_idmaps
 
-        lowers = [without_idmap(lower) for lower in lowers]
+        lowers = without_idmaps(lowers)
     config = StackConfig(
         lowers=tuple(lowers),
         upper=absolute(options.upper) if options.upper else None,

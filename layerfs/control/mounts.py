@@ -172,8 +172,8 @@ def _refuse_covered(mountpoint: str, stack: Stack) -> None:
     """A mount may lie on one of its own layers; by its path we would then see the merged tree and not the
     layer."""
     device = os.stat(mountpoint).st_dev
-    for layer in (*stack.lowers, stack.upper):
-        if layer is not None and os.fstat(layer.fd.fd).st_dev == device:
+    for layer in stack.layers:
+        if os.fstat(layer.fd.fd).st_dev == device:
             where = _shown(layer.path)
             raise MountError(
                 f"{where}: is covered by the mount itself; unmount it and use --upper and --lower"

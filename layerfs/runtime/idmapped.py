@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 
 from layerfs.errors import MountError
 from layerfs.fdutil import OwnedFd
 from layerfs.fdutil.mountinfo import MountEntry, read_mountinfo
 
 
-def without_idmap(path: str) -> str:
-    """`path`, or another one to the same directory that leads through no idmapped mount.
+def without_idmaps(paths: Sequence[str]) -> list[str]:
+    """For each of `paths` itself, or another one to the same directory that leads through no idmapped mount.
 
     Raises MountError when there is none. What cannot be opened is left to the checks of the layers."""
+    mounts = {entry.mount_id: entry for entry in read_mountinfo()}
+    return [_without_idmap(path, mounts) for path in paths]
+
+
+def _without_idmap(path: str, mounts: Mapping[int, MountEntry]) -> str:
     try:
         fd = _open(path)
     except OSError:
         return path
-    mounts = {entry.mount_id: entry for entry in read_mountinfo()}
     entry = mounts.get(_mount_id(fd))
     if entry is None or not _idmapped(entry):
         return path

@@ -161,17 +161,21 @@ class Stack:
         )
         self.upper = Layer(upper, -1, LayerNumber(0)) if upper is not None else None
         self.pool = FdPool(pool_capacity)
-        layers = self.lowers if self.upper is None else (self.upper, *self.lowers)
-        for layer in layers:
+        for layer in self.layers:
             layer.find_overrides(xattr_permissions)
         #: some layer keeps owners, modes and types in xattrs
-        self.overrides = any(layer.overrides for layer in layers)
+        self.overrides = any(layer.overrides for layer in self.layers)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All of them, the upper first."""
+        return self.lowers if self.upper is None else (self.upper, *self.lowers)
 
     def close(self) -> None:
         """Gives the descriptors back now. Layers and their directories refer to each other: dropped, they
         stay open until the cyclic collector comes by."""
         self.pool.clear()
-        for layer in self.lowers if self.upper is None else (self.upper, *self.lowers):
+        for layer in self.layers:
             layer.fd.close()
 
     def open(self, directory: LowerDir) -> OwnedFd:

@@ -73,10 +73,8 @@ class Attributes:
             self._keep(node, path, uid, gid, change.mode)
         elif change.uid is not None or change.gid is not None or change == Change():
             # Nothing to set is chown(-1, -1), which sets ctime.
-            if self.upper.overrides and change != Change():
+            if name:
                 self.upper.chown(fd.fd, name, uid, gid)
-            elif name:
-                os.chown(name, uid, gid, dir_fd=fd.fd, follow_symlinks=False)
             else:
                 os.chown(path, uid, gid)
         if change.mode is not None:
