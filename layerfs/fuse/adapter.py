@@ -161,10 +161,13 @@ class Operations(pyfuse3.Operations):
         handle = self.vfs.listing(fh)
         names = handle.names
         offset = start_id
+        answers = self.vfs.tree.gate.answers
         while offset < len(names) + 2:
             if offset < 2:
                 if not await self._reply_dot(handle.node.id, handle.node.parent, offset, token):
                     return
+            elif offset > start_id and answers(handle.node.id, names[offset - 2]):
+                return  # the next request is the gate's
             elif not await self._reply_name(handle.node.id, names[offset - 2], offset + 1, token):
                 return
             offset += 1

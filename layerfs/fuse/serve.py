@@ -8,14 +8,16 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import pyfuse3
 import trio
 
 import layerfs
+from layerfs import gate
 from layerfs.control import server
 from layerfs.errors import MountError
-from layerfs.fdutil import syncfs
+from layerfs.fdutil import RESOLVE_INSIDE, syncfs
 from layerfs.fuse.adapter import Operations
 from layerfs.fuse.controls import Controls
 from layerfs.overlay.names import XattrNames
@@ -49,7 +51,8 @@ def serve(
     if stack.upper is not None and not config.read_only:
         assert config.work is not None, "checked"
         upper = Upper(stack.upper, config.work, names, volatile=config.volatile)
-    operations = Operations(_describer(config, stack, upper, prefix))
+    native = _native_gate(config, stack)
+    operations = Operations(_describer(config, stack, upper, prefix, native))
     operations.enable_acl = config.acl
     control = server.bind(upper.work.state.fd) if upper is not None else None
     try:
@@ -61,8 +64,12 @@ def serve(
                 upper.work.clear_volatile()  # nothing was written
         raise MountError(f"cannot mount on {mountpoint}: {error}") from error
     try:
-        trio.run(_main, operations, stack, upper, config, control, ready)
+        if native is not None and not native.hooked:
+            native = None  # libfuse would not have it
+        trio.run(_main, operations, stack, upper, config, native, control, ready)
     finally:
+        if native is not None:
+            native.close()
         # As an ordinary user libfuse waits for fusermount3, and a signal would end that wait before the mount
         # is gone.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
@@ -75,6 +82,7 @@ async def _main(
     stack: Stack,
     upper: Upper | None,
     config: StackConfig,
+    native: Any,
     control: socket.socket | None,
     ready: Callable[[], None],
 ) -> None:
@@ -87,7 +95,10 @@ async def _main(
             metacopy=config.metacopy,
             owners=config.owners,
             xattrs=config.xattrs,
+            gate=native,
         )
+        if native is not None:
+            native.on_let_go = operations.vfs.tree.let_go
         operations.vfs.tree.attributes_moved = operations.attributes_moved
         await operations.vfs.start()
         await nursery.start(_end_on_signal, operations)
@@ -142,8 +153,20 @@ def _pool_capacity() -> int:
     return max(16, min(soft // 4, 4096))
 
 
+def _native_gate(config: StackConfig, stack: Stack) -> Any:
+    """None: Python answers everything. Raises MountError."""
+    if config.gate is False:
+        return None
+    native = gate.make(_pool_capacity(), RESOLVE_INSIDE, statfs=stack.layers[0].fd.fd, xattrs=config.xattrs)
+    if native is not None:
+        native.arm()
+    elif config.gate:
+        raise MountError(f"gate=on: there is no native gate: {gate.unavailable}")
+    return native
+
+
 def _describer(
-    config: StackConfig, stack: Stack, upper: Upper | None, prefix: str
+    config: StackConfig, stack: Stack, upper: Upper | None, prefix: str, native: Any
 ) -> Callable[[str], bytes | None]:
     mount = json.dumps(
         {
@@ -160,6 +183,10 @@ def _describer(
     def describe(name: str) -> bytes | None:
         if name == "layerfs.mount":
             return mount
+        if name == "layerfs.counters":
+            return json.dumps(native.counters() if native else {}).encode()
+        if name == "layerfs.gate":
+            return b"on" if native is not None and native.hooked else b"off"
         kind, _, number = name.rpartition(".")
         if kind == "layerfs.lower" and number.isdigit() and int(number) < len(stack.lowers):
             return os.fsencode(stack.lowers[int(number)].path)

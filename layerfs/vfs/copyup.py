@@ -465,8 +465,7 @@ class CopyUp:
         self.upper.change_mode(fd, without_setid)
         os.utime(fd.fd, ns=(os.fstat(fd.fd).st_atime_ns, time.time_ns()))
 
-    @staticmethod
-    def _switch_handles(node: File, fd: OwnedFd | None, metacopy: bool) -> None:
+    def _switch_handles(self, node: File, fd: OwnedFd | None, metacopy: bool) -> None:
         """Descriptors opened for reading before the copy-up read the upper file from now on (POSIX; the
         kernel's overlayfs does not).
         """
@@ -474,6 +473,7 @@ class CopyUp:
             return
         for handle in node.handles or ():
             handle.fd = fd
+        self.tree.gate.switch(node.id, fd.fd)
 
 
 def without_setid(mode: int) -> int:

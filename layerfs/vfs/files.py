@@ -215,6 +215,7 @@ class Files:
         handle = DirectoryHandle(self._number(), node)
         self._directories[handle.id] = handle
         node.users += 1
+        await self.rewind(handle)
         return handle
 
     def directory(self, id: int) -> DirectoryHandle:
@@ -224,7 +225,10 @@ class Files:
         return handle
 
     async def rewind(self, handle: DirectoryHandle) -> None:
-        handle.names = list((await self.tree.load(handle.node)).names)
+        node, gate = handle.node, self.tree.gate
+        handle.names = gate.arrange(node.id, (await self.tree.load(node)).names)
+        above = node.parent if node.parent is not None else node
+        gate.list_names(handle.id, node.id, above.id, handle.names)
 
     def release_directory(self, id: int) -> None:
         handle = self._directories.pop(id, None)
