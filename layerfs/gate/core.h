@@ -13,7 +13,7 @@
 #include <sys/stat.h>
 #include <sys/types.h>
 
-/* -- map.c: from a 64-bit key (never 0) to a pointer ------------------------------------------------------------- */
+/* -- map.c: from a 64-bit key to a pointer; nothing is ever under 0 ------------------------------------------------ */
 
 struct map_slot {
 	uint64_t key;
@@ -28,7 +28,7 @@ struct map {
 
 void *map_get(const struct map *map, uint64_t key);
 bool map_has(const struct map *map, uint64_t key);
-/* False when there is no memory; the map is as it was. */
+/* False when there is no memory, or the key is 0; the map is as it was. */
 bool map_put(struct map *map, uint64_t key, void *value);
 void *map_take(struct map *map, uint64_t key);
 void map_free(struct map *map);
