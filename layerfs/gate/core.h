@@ -50,7 +50,7 @@ struct home {
 };
 
 struct name {
-	uint64_t real; /* inode number in its layer */
+	uint64_t real; /* inode number in its layer; 0: never plain */
 	uint32_t text; /* offset in `directory.text` */
 	uint16_t home;
 	uint8_t length;
@@ -105,6 +105,9 @@ int64_t facts_find(const struct facts *facts, const struct directory *directory,
 /* The name means something else from now on, or nothing: Python is asked. False: no memory, the directory must be
  * forgotten. */
 bool facts_retract(struct facts *facts, struct directory *directory, const char *name, size_t length);
+
+/* Python let go of the node of a name that means what it meant when it was published. */
+void facts_give_back(struct directory *directory, uint32_t position);
 
 /* lstat of a plain name. False: not as published (changed from outside, several links, an error): ask Python. */
 bool facts_stat(struct facts *facts, struct directory *directory, uint32_t name, struct stat *st);

@@ -210,6 +210,8 @@ bool facts_name(struct facts *facts, struct directory *directory, const char *te
 			note(facts, directory, at);
 	}
 	if (real <= 1 || real > REAL_MAX)
+		real = 0;
+	if (!real)
 		kind = NAME_ASK;
 	memcpy(directory->text + directory->text_used, text, length);
 	directory->names[directory->count] =
@@ -263,6 +265,12 @@ bool facts_retract(struct facts *facts, struct directory *directory, const char 
 	facts->bytes += size_of(directory) - before;
 	facts->names++;
 	return true;
+}
+
+void facts_give_back(struct directory *directory, uint32_t position)
+{
+	if (directory->names[position].real)
+		directory->names[position].kind = NAME_PLAIN;
 }
 
 /* -- objects -------------------------------------------------------------------------------------------------------- */
