@@ -276,11 +276,12 @@ static enum verdict statfs(struct gate *gate, const struct fuse_in_header *in)
 bool gate_list(struct gate *gate, uint64_t handle, uint64_t directory, uint64_t parent, uint32_t *order, uint32_t count)
 {
 	struct listing *listing = malloc(sizeof(*listing));
+	bool first = !map_has(&gate->listings, handle);
 
 	gate_unlist(gate, handle);
 	if (!listing)
 		return false;
-	*listing = (struct listing){directory, parent, order, count, true};
+	*listing = (struct listing){directory, parent, order, count, first};
 	if (map_put(&gate->listings, handle, listing))
 		return true;
 	free(listing);

@@ -162,7 +162,7 @@ struct listing {
 	uint64_t directory, parent;
 	uint32_t *order; /* positions in the directory's names */
 	uint32_t count;
-	bool fresh; /* not read from its start yet */
+	bool fresh; /* not read from its start yet: made by OPENDIR, not by a READDIRPLUS that rewound */
 };
 
 struct gate {
