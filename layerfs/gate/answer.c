@@ -437,7 +437,7 @@ static enum verdict read_file(struct gate *gate, const struct fuse_in_header *in
 	file = files_get(&gate->files, arg.fh);
 	if (!file)
 		return reply(gate, in, EBADF, NULL, 0);
-	if (arg.size > READ_MAX)
+	if (arg.size > READ_MAX || arg.offset > INT64_MAX) /* preadv2 takes -1 for "where it is" */
 		return reply(gate, in, EINVAL, NULL, 0);
 	if (gate->reply_size < arg.size) {
 		char *larger = realloc(gate->reply, arg.size);
@@ -499,6 +499,8 @@ static enum verdict on_file(struct gate *gate, const struct fuse_in_header *in, 
 	if (size < sizeof(seek))
 		return reply(gate, in, EINVAL, NULL, 0);
 	memcpy(&seek, body, sizeof(seek));
+	if (seek.whence != SEEK_DATA && seek.whence != SEEK_HOLE) /* the kernel knows the others itself */
+		return reply(gate, in, EINVAL, NULL, 0);
 	offset = lseek(file->fd, (off_t)seek.offset, (int)seek.whence);
 	if (offset < 0)
 		return reply(gate, in, errno, NULL, 0);
