@@ -253,7 +253,9 @@ def test_a_reply_that_nobody_waits_for_counts_nothing(tree: Pair) -> None:
 def test_getattr(tree: Pair) -> None:
     node = look_up(tree, "other")
     answer = payload(tree.feed(f.getattr(node)))
-    assert answer == f.ATTR_OUT.pack(f.FOR_EVER, 0, 0) + f.attributes(os.lstat(tree.layers[0] / "other"), node)
+    assert answer == f.ATTR_OUT.pack(f.FOR_EVER, 0, 0) + f.attributes(
+        os.lstat(tree.layers[0] / "other"), node
+    )
 
 
 def test_getattr_of_python_s_nodes(tree: Pair) -> None:
@@ -302,9 +304,7 @@ def test_readdirplus_up_to_the_first_name_that_is_python_s(tree: Pair) -> None:
     tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link", b"asked", b"other"], parent=33)
     listed = payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0)))
     assert f.names_of(listed) == [b".", b"..", b"file", b"link"]
-    assert listed.startswith(
-        f.listed(b".", ROOT, 1, stat.S_IFDIR) + f.listed(b"..", 33, 2, stat.S_IFDIR)
-    )
+    assert listed.startswith(f.listed(b".", ROOT, 1, stat.S_IFDIR) + f.listed(b"..", 33, 2, stat.S_IFDIR))
     assert set(tree.twin.known) == {tree.node("file"), tree.node("link")}
     assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 4)))
     assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 5)))) == [b"other"]

@@ -118,7 +118,9 @@ class Twin:
 
     def publish(self, id: int, homes: list[Home], names: dict[bytes, Plain | None]) -> None:
         assert id not in self.directories or not self.directories[id].known
-        fits = {name: plain if plain and 1 < plain.real <= _REAL_MASK else None for name, plain in names.items()}
+        fits = {
+            name: plain if plain and 1 < plain.real <= _REAL_MASK else None for name, plain in names.items()
+        }
         self.directories[id] = Directory(
             id, homes, {name: Name(plain, plain is not None) for name, plain in fits.items()}
         )
