@@ -1,4 +1,4 @@
-"""The core, compiled once a session under ASan and UBSan, and pairs of it and its twin over real directories."""
+"""The core, compiled under ASan and UBSan, and pairs of it and its twin over real directories."""
 
 from __future__ import annotations
 
