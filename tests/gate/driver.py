@@ -147,7 +147,8 @@ class Driver:
     def counts(self) -> Counts:
         numbers = struct.unpack("<135Q", self._do(b"N"))
         natively, passed = numbers[7:71], numbers[71:]
-        return Counts(*numbers[:7], _some(natively), _some(passed))  # type: ignore[arg-type]
+        names, size, known, claimed, opened, listings, slots = numbers[:7]
+        return Counts(names, size, known, claimed, opened, listings, slots, _some(natively), _some(passed))
 
     # -- frames -----------------------------------------------------------------------------------
 

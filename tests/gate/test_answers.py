@@ -55,7 +55,7 @@ def error(answer: Answer) -> int:
     assert answer.verdict is Verdict.ANSWERED and len(answer.replies) == 1
     size, negative, _ = f.OUT_HEADER.unpack_from(answer.replies[0])
     assert size == len(answer.replies[0])
-    return -negative
+    return -int(negative)
 
 
 def payload(answer: Answer) -> bytes:
