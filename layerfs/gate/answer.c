@@ -278,12 +278,15 @@ static enum verdict statfs(struct gate *gate, const struct fuse_in_header *in)
 bool gate_list(struct gate *gate, uint64_t handle, uint64_t directory, uint64_t parent, uint32_t *order, uint32_t count)
 {
 	struct listing *listing = malloc(sizeof(*listing));
+	struct directory *listed = facts_directory(&gate->facts, directory);
 	bool first = !map_has(&gate->listings, handle);
 
 	gate_unlist(gate, handle);
-	if (!listing)
+	if (!listing || !listed) {
+		free(listing);
 		return false;
-	*listing = (struct listing){directory, parent, order, count, first};
+	}
+	*listing = (struct listing){directory, parent, order, count, listed->changes, first};
 	if (map_put(&gate->listings, handle, listing))
 		return true;
 	free(listing);
@@ -328,8 +331,13 @@ static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *
 	listing = map_get(&gate->listings, arg.fh);
 	if (!listing || !(directory = facts_directory(&gate->facts, listing->directory)))
 		return PASSED;
-	if (arg.offset == 0 && !listing->fresh)
-		return PASSED; /* rewinddir(3): Python looks again and lists anew */
+	/*
+	 * From its start it must be what is there now, or Python lists anew: rewinddir(3) asks for that, and the kernel
+	 * keeps what it reads (FOPEN_CACHE_DIR) as the state in which the directory was when it began to, not when it
+	 * was opened (fs/fuse/readdir.c, fuse_readdir_cached).
+	 */
+	if (arg.offset == 0 && (!listing->fresh || listing->changes != directory->changes))
+		return PASSED;
 	room = arg.size < LISTING_MAX ? arg.size : LISTING_MAX;
 	if (gate->reply_size < room) {
 		char *larger = realloc(gate->reply, room);

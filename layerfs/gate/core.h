@@ -64,6 +64,7 @@ struct directory {
 	char *text;
 	struct home *homes;
 	uint32_t count, capacity, mask, text_used, text_capacity, home_count;
+	uint32_t changes; /* names retracted so far */
 	uint32_t known; /* objects the kernel has by names of this directory, from the gate */
 	bool let_go;    /* Python would let go of it when `known` is 0 */
 };
@@ -162,6 +163,7 @@ struct listing {
 	uint64_t directory, parent;
 	uint32_t *order; /* positions in the directory's names */
 	uint32_t count;
+	uint32_t changes; /* of the directory when `order` was made */
 	bool fresh; /* not read from its start yet: made by OPENDIR, not by a READDIRPLUS that rewound */
 };
 

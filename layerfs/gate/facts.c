@@ -259,6 +259,7 @@ bool facts_retract(struct facts *facts, struct directory *directory, const char 
 	int64_t found = facts_find(facts, directory, text, length);
 	size_t before = size_of(directory);
 
+	directory->changes++;
 	if (found >= 0) {
 		directory->names[found].kind = NAME_ASK;
 		return true;

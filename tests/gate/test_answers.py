@@ -333,10 +333,17 @@ def test_a_rewind_asks_python_every_time(tree: Pair) -> None:
         assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 2)))) == [b"file", b"link"]
 
 
+def test_a_listing_begins_with_what_is_there_when_it_is_read(tree: Pair) -> None:
+    """Not with what was there at OPENDIR: the kernel keeps it as the state of when it began to read."""
+    tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link"])
+    tree.retract(ROOT, b"new")
+    assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0)))
+
+
 def test_names_that_went_or_changed_since_the_listing_began_are_python_s(tree: Pair) -> None:
     tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link", b"other"])
+    assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0, 500)))) == [b".", b"..", b"file"]
     tree.retract(ROOT, b"link")
-    assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0)))) == [b".", b"..", b"file"]
     assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 3)))
     assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 4)))) == [b"other"]
 

@@ -66,6 +66,8 @@ class Directory:
     names: dict[bytes, Name]
     known: int = 0
     let_go: bool = False
+    #: names retracted so far
+    changes: int = 0
 
 
 @dataclass
@@ -73,6 +75,8 @@ class Listing:
     directory: int
     parent: int
     names: list[bytes]
+    #: of the directory when `names` were
+    changes: int
     fresh: bool
 
 
@@ -132,6 +136,7 @@ class Twin:
         directory = self.directories.get(id)
         if directory is None:
             return False
+        directory.changes += 1
         directory.names.setdefault(name, Name(None, False)).answered = False
         return True
 
@@ -163,7 +168,8 @@ class Twin:
         return True
 
     def list_names(self, handle: int, id: int, parent: int, names: list[bytes]) -> None:
-        self.listings[handle] = Listing(id, parent, names, handle not in self.listings)
+        changes = self.directories[id].changes
+        self.listings[handle] = Listing(id, parent, names, changes, handle not in self.listings)
 
     def switch(self, node: int, path: str) -> int:
         switched = [opened for opened in self.open.values() if opened.node == node]
@@ -379,8 +385,10 @@ class Twin:
         handle, offset, size, *_ = f.READ_IN.unpack_from(body)
         listing = self.listings.get(handle)
         directory = self.directories.get(listing.directory) if listing else None
-        if listing is None or directory is None or (offset == 0 and not listing.fresh):
+        if listing is None or directory is None:
             raise _Ask
+        if offset == 0 and not (listing.fresh and listing.changes == directory.changes):
+            raise _Ask  # Python looks again
         room = min(size, LISTING_MAX)
         payload, told = b"", []
         for at in range(offset, len(listing.names) + 2):
