@@ -162,14 +162,18 @@ class Operations(pyfuse3.Operations):
         names = handle.names
         offset = start_id
         answers = self.vfs.tree.gate.answers
+        fitted: bool | None
+        replied = 0  # an empty reply is the end of the listing
         while offset < len(names) + 2:
             if offset < 2:
-                if not await self._reply_dot(handle.node.id, handle.node.parent, offset, token):
-                    return
-            elif offset > start_id and answers(handle.node.id, names[offset - 2]):
+                fitted = await self._reply_dot(handle.node.id, handle.node.parent, offset, token)
+            elif replied and answers(handle.node.id, names[offset - 2]):
                 return  # the next request is the gate's
-            elif not await self._reply_name(handle.node.id, names[offset - 2], offset + 1, token):
+            else:
+                fitted = await self._reply_name(handle.node.id, names[offset - 2], offset + 1, token)
+            if fitted is False:
                 return
+            replied += fitted is True
             offset += 1
             if offset % _TURN == 0:
                 # A whole reply is some 200 names and several milliseconds, and the next request for names is
@@ -186,7 +190,8 @@ class Operations(pyfuse3.Operations):
 
     async def _reply_name(
         self, directory: int, name: bytes, next_id: int, token: pyfuse3.ReaddirToken
-    ) -> bool:
+    ) -> bool | None:
+        """Whether there was room for it; None when the name has gone since the listing was begun."""
         try:
             found = await self.vfs.lookup(directory, name)
         except OSError:
@@ -198,7 +203,7 @@ class Operations(pyfuse3.Operations):
             entry.entry_timeout = entry.attr_timeout = 0
             return pyfuse3.readdir_reply(token, name, entry, next_id)
         if found is None:
-            return True  # gone since the listing was begun
+            return None
         if pyfuse3.readdir_reply(token, name, _entry(found), next_id):
             return True
         self.vfs.forget(found.ino, 1)

@@ -65,7 +65,10 @@ def serve(
         raise MountError(f"cannot mount on {mountpoint}: {error}") from error
     try:
         if native is not None and not native.hooked:
-            native = None  # libfuse would not have it
+            if config.gate:
+                raise MountError("gate=on: this libfuse does not let the native gate in (3.13 or later does)")
+            log.info("no native gate: libfuse does not let it in")
+            native = None
         trio.run(_main, operations, stack, upper, config, native, control, ready)
     finally:
         if native is not None:
@@ -183,8 +186,6 @@ def _describer(
     def describe(name: str) -> bytes | None:
         if name == "layerfs.mount":
             return mount
-        if name == "layerfs.counters":
-            return json.dumps(native.counters() if native else {}).encode()
         if name == "layerfs.gate":
             return b"on" if native is not None and native.hooked else b"off"
         kind, _, number = name.rpartition(".")

@@ -4,10 +4,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
 #include <sys/syscall.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 /* Real inode numbers that fit below the number of the layer (inodes/numbers.py). */
@@ -293,6 +295,15 @@ int facts_open_home(struct facts *facts, struct home *home)
 	return fd;
 }
 
+/* The working directory is /proc: see layerfs.fdutil.stand_in_proc. */
+bool facts_bare(int fd, const char *text)
+{
+	char path[300];
+
+	snprintf(path, sizeof(path), "self/fd/%d/%s", fd, text);
+	return llistxattr(path, NULL, 0) == 0;
+}
+
 /* A copy of a name with the end that system calls want. */
 static void name_of(const struct directory *directory, const struct name *name, char text[256])
 {
@@ -306,14 +317,18 @@ bool facts_stat(struct facts *facts, struct directory *directory, uint32_t posit
 	char text[256];
 	int fd;
 
-	if (name->kind != NAME_PLAIN)
+	if (name->kind == NAME_ASK)
 		return false;
 	fd = facts_open_home(facts, &directory->homes[name->home]);
 	name_of(directory, name, text);
 	if (fd < 0 || fstatat(fd, text, st, AT_SYMLINK_NOFOLLOW))
 		return false;
+	if (st->st_ino != name->real)
+		return false;
+	if (name->kind == NAME_PLAIN_DIRECTORY) /* a mark might say that it lies elsewhere */
+		return S_ISDIR(st->st_mode) && facts_bare(fd, text);
 	/* Of several links Python knows how many are seen. */
-	return st->st_ino == name->real && st->st_nlink == 1 && !S_ISDIR(st->st_mode);
+	return st->st_nlink == 1 && !S_ISDIR(st->st_mode);
 }
 
 struct known *facts_know(struct facts *facts, struct directory *directory, uint32_t position)
@@ -359,7 +374,7 @@ uint64_t facts_adopt(struct facts *facts, struct directory *directory, uint32_t 
 	struct known *known;
 	uint64_t lookups;
 
-	if (name->kind != NAME_PLAIN)
+	if (name->kind == NAME_ASK)
 		return 0;
 	name->kind = NAME_ASK;
 	known = map_get(&facts->known, directory->homes[name->home].base | name->real);

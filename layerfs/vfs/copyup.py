@@ -473,6 +473,7 @@ class CopyUp:
             return
         for handle in node.handles or ():
             handle.fd = fd
+            self.tree.gate.lend(handle.id, fd.fd, False)
         self.tree.gate.switch(node.id, fd.fd)
 
 

@@ -120,11 +120,22 @@ class Files:
         if handle.writable:
             assert self.upper is not None
             node.privileged = bool(self.upper.stat(fd).st_mode & _SETID)
+        self.lend(handle)
         return handle
+
+    def lend(self, handle: Handle) -> None:
+        """Lets the gate read and write an open file, or no longer write, as things are now.
+
+        Not write: what a WRITE changes beside the data is done here (setuid; a ctime that was kept from
+        before the copy-up), and O_SYNC takes a disk's time."""
+        node = handle.node
+        writes = handle.writable and not handle.sync and not node.privileged
+        self.tree.gate.lend(handle.id, handle.fd.fd, writes and node.real not in self.tree.shown_ctimes)
 
     def release(self, id: int) -> None:
         handle = self._handles.pop(id, None)
         if handle is not None:
+            self.tree.gate.take_back(id)
             node = handle.node
             if node.handles is not None:
                 node.handles.discard(handle)
@@ -170,6 +181,7 @@ class Files:
         if node.privileged:
             self._clear_setid(node, fd)
         self.tree.changed(node)
+        self.lend(handle)
         write = partial(_write_all, fd.fd, data, offset)
         if len(data) <= _INLINE_WRITE and not handle.sync:
             written, failure = write()
@@ -215,7 +227,7 @@ class Files:
         handle = DirectoryHandle(self._number(), node)
         self._directories[handle.id] = handle
         node.users += 1
-        await self.rewind(handle)
+        await self._look(handle, fresh=True)
         return handle
 
     def directory(self, id: int) -> DirectoryHandle:
@@ -225,10 +237,13 @@ class Files:
         return handle
 
     async def rewind(self, handle: DirectoryHandle) -> None:
+        await self._look(handle, fresh=False)
+
+    async def _look(self, handle: DirectoryHandle, *, fresh: bool) -> None:
         node, gate = handle.node, self.tree.gate
         handle.names = gate.arrange(node.id, (await self.tree.load(node)).names)
         above = node.parent if node.parent is not None else node
-        gate.list_names(handle.id, node.id, above.id, handle.names)
+        gate.list_names(handle.id, node.id, above.id, handle.names, fresh)
 
     def release_directory(self, id: int) -> None:
         handle = self._directories.pop(id, None)

@@ -79,6 +79,8 @@ class Tree:
         self.shown_ctimes: dict[int, tuple[int, int]] = {}
         #: told when attributes that the kernel keeps were changed by something other than its own requests
         self.attributes_moved: Callable[[NodeId], None] = lambda id: None
+        #: directories whose attributes changed since `tell_changed`
+        self._changed: set[Directory] = set()
         #: raised when a directory moves (see `links`)
         self.moves = 0
         self._temporary = 0
@@ -161,8 +163,8 @@ class Tree:
         entry = parent.merged.names.get(name) if parent.merged is not None else None
         if entry is not None and entry.node is node:
             entry.node = None
-            if entry.home is not None and not entry.is_dir:
-                self.gate.give_back(parent.id, name)
+            if entry.home is not None:
+                self.gate.give_back(parent.id, name, entry.is_dir)
 
     def add_name(self, node: Node, parent: Directory, name: bytes) -> None:
         """`node` has the name `name` in `parent` (as well)."""
@@ -218,7 +220,9 @@ class Tree:
             ino = numbers.compose(top.layer.number, RealIno(real), region)
         else:
             ino = self._upper_number(parent, name, entry)
+        lookups = self.gate.adopt(parent.id, name)
         node = Directory(self.claim(ino), parent=None, name=name)
+        node.lookups = lookups
         node.lowers = lowers
         if lowers:
             node.lower_path = self._lower_path(parent, name, entry, lowers)
@@ -542,6 +546,11 @@ class Tree:
                     return await self.attributes(node)
             return self._attributes(st, node.id, nlink, st.st_ctime_ns, st.st_blocks)
         assert isinstance(node, Directory)
+        return self._directory_attributes(node, st)
+
+    def _directory_attributes(self, node: Directory, st: os.stat_result | None = None) -> Attributes:
+        if st is None:
+            st = self.stat_real(node)
         parts = len(node.lowers) + node.in_upper
         if node.in_upper:
             return self._upper_attributes(node, st, st.st_nlink if parts == 1 else 1)
@@ -602,6 +611,22 @@ class Tree:
         if node.in_upper and self.shown_ctimes:
             self.shown_ctimes.pop(node.real, None)
         self.gate.retract_attributes(node.id)
+        if self.gate.native and isinstance(node, Directory):
+            self._changed.add(node)
+
+    def tell_changed(self) -> None:
+        """Tells the gate how directories are after a change: the kernel asks for the attributes of the parent
+        before each next one (fs/fuse/dir.c fuse_perm_getattr)."""
+        while self._changed:
+            directory = self._changed.pop()
+            if self.nodes.get(directory.id) is directory and not directory.unlinked:
+                self.tell(directory)
+
+    def tell(self, directory: Directory) -> None:
+        try:
+            self.gate.tell_attributes(directory.id, self._directory_attributes(directory))
+        except OSError:
+            pass  # whoever asks gets the error
 
     def path(self, directory: Directory) -> bytes:
         """Path of a directory in the merged tree, from the root, without a leading slash. Raises
