@@ -18,6 +18,7 @@ from layerfs.errors import MountError
 from layerfs.fdutil import syncfs
 from layerfs.fuse.adapter import Operations
 from layerfs.fuse.controls import Controls
+from layerfs.fuse.statistics import Choice, Reporter
 from layerfs.overlay.names import XattrNames
 from layerfs.stack import Stack
 from layerfs.upper.upper import Upper
@@ -27,6 +28,13 @@ from layerfs.vfs.prefix import find_prefix
 from layerfs.vfs.vfs import Vfs
 
 log = logging.getLogger("layerfs.fuse")
+
+_CHOICE = Choice(
+    data="python",
+    data_why="pyfuse3 alone answers: there is no gate",
+    gate=False,
+    gate_why="this version has none",
+)
 
 
 def serve(
@@ -49,7 +57,8 @@ def serve(
     if stack.upper is not None and not config.read_only:
         assert config.work is not None, "checked"
         upper = Upper(stack.upper, config.work, names, volatile=config.volatile)
-    operations = Operations(_describer(config, stack, upper, prefix))
+    reporter = Reporter(_CHOICE)
+    operations = Operations(_describer(config, stack, upper, prefix, reporter), reporter.counters)
     operations.enable_acl = config.acl
     control = server.bind(upper.work.state.fd) if upper is not None else None
     try:
@@ -61,7 +70,7 @@ def serve(
                 upper.work.clear_volatile()  # nothing was written
         raise MountError(f"cannot mount on {mountpoint}: {error}") from error
     try:
-        trio.run(_main, operations, stack, upper, config, control, ready)
+        trio.run(_main, operations, stack, upper, config, control, reporter, ready)
     finally:
         # As an ordinary user libfuse waits for fusermount3, and a signal would end that wait before the mount
         # is gone.
@@ -76,6 +85,7 @@ async def _main(
     upper: Upper | None,
     config: StackConfig,
     control: socket.socket | None,
+    reporter: Reporter,
     ready: Callable[[], None],
 ) -> None:
     async with trio.open_nursery() as nursery:
@@ -88,11 +98,12 @@ async def _main(
             owners=config.owners,
             xattrs=config.xattrs,
         )
+        reporter.vfs = operations.vfs
         operations.vfs.tree.attributes_moved = operations.attributes_moved
         await operations.vfs.start()
         await nursery.start(_end_on_signal, operations)
         if control is not None:
-            nursery.start_soon(server.serve, control, lambda: Controls(operations.vfs))
+            nursery.start_soon(server.serve, control, lambda: Controls(operations.vfs, reporter))
         ready()
         # No limit on requests under way: a hundred that wait for copy-ups must not keep others out.
         try:
@@ -143,7 +154,7 @@ def _pool_capacity() -> int:
 
 
 def _describer(
-    config: StackConfig, stack: Stack, upper: Upper | None, prefix: str
+    config: StackConfig, stack: Stack, upper: Upper | None, prefix: str, reporter: Reporter
 ) -> Callable[[str], bytes | None]:
     mount = json.dumps(
         {
@@ -160,6 +171,8 @@ def _describer(
     def describe(name: str) -> bytes | None:
         if name == "layerfs.mount":
             return mount
+        if name == "layerfs.stat":
+            return json.dumps(reporter.report()).encode()
         kind, _, number = name.rpartition(".")
         if kind == "layerfs.lower" and number.isdigit() and int(number) < len(stack.lowers):
             return os.fsencode(stack.lowers[int(number)].path)

@@ -29,6 +29,20 @@ class Gate(Protocol):
     def forget(self, node: NodeId) -> None:
         """The kernel has forgotten `node`."""
 
+    def counters(self) -> dict[str, int]:
+        """What it did since the mount, and what it holds now:
+
+            native.OPCODE       requests it answered; an opcode of FUSE in small letters ("lookup")
+            passed.OPCODE       requests it handed on to Python
+            latency.OPCODE.K    of those it answered, how many took less than 2**K µs and no less than half of
+                                that (K 0: less than 1 µs)
+            read, written       bytes of files it moved itself
+            entries, known      names, and nodes, it has an answer for
+            bytes               its memory
+
+        What it does not count is left out.
+        """
+
 
 class NoGate:
     """Everything is asked of Python."""
@@ -44,3 +58,6 @@ class NoGate:
 
     def forget(self, node: NodeId) -> None:
         pass
+
+    def counters(self) -> dict[str, int]:
+        return {}
