@@ -1,4 +1,4 @@
-"""Translates pyfuse3 calls to Vfs and errors to errno. Decides nothing about layers.
+"""Translates pyfuse3 calls to Vfs and errors to errno, and counts them. Decides nothing about layers.
 
 Kernel caching: only layerfs changes the tree, and every change comes through the kernel that caches, which
 invalidates what it changed itself (fs/fuse/dir.c). So entries, attributes and absent names are good for ever;
@@ -13,12 +13,14 @@ import os
 import stat
 from collections.abc import Awaitable, Callable, Sequence
 from functools import wraps
+from time import perf_counter_ns
 from typing import Any, TypeVar
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from layerfs.fuse.counters import Counters
 from layerfs.vfs.vfs import Attributes, Caller, Change, New, Vfs
 
 log = logging.getLogger("layerfs.fuse")
@@ -28,6 +30,8 @@ FOR_EVER = 1e8
 #: Node ids of names that can be listed but not looked up: no node has them, and a FORGET of them is passed
 #: over.
 _NOBODY = 3 << 62
+#: Opcodes of methods that have another name.
+_OPCODES = {"readdir": "readdirplus"}
 #: Names of a listing that are answered before others get their turn.
 _TURN = 16
 
@@ -36,13 +40,15 @@ _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
 
 def _errors(method: _F) -> _F:
     """OSError becomes the caller's errno; anything else is our bug: logged with its traceback, EIO for the
-    caller.
+    caller. Either way the request is counted.
     """
+    kind = _OPCODES.get(method.__name__, method.__name__)
 
     @wraps(method)
-    async def guarded(*args: Any) -> Any:
+    async def guarded(self: Operations, *args: Any) -> Any:
+        started = perf_counter_ns()
         try:
-            return await method(*args)
+            return await method(self, *args)
         except OSError as error:
             raise FUSEError(error.errno or errno.EIO) from None
         except FUSEError:
@@ -50,6 +56,8 @@ def _errors(method: _F) -> _F:
         except Exception:
             log.exception("%s failed", method.__name__)
             raise FUSEError(errno.EIO) from None
+        finally:
+            self.counters.answered(kind, started)
 
     return guarded  # type: ignore[return-value]
 
@@ -91,9 +99,10 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = True
 
-    def __init__(self, describe: Callable[[str], bytes | None]) -> None:
+    def __init__(self, describe: Callable[[str], bytes | None], counters: Counters) -> None:
         """`describe` answers the virtual xattrs of the root (`layerfs.mount`, …); None for other names."""
         super().__init__()
+        self.counters = counters
         self.vfs: Vfs = None  # type: ignore[assignment]  # set before the first request is read
         self._describe = describe
         self._owner = os.geteuid()
@@ -119,8 +128,10 @@ class Operations(pyfuse3.Operations):
     def forget(  # type: ignore[override]  # pyfuse3 calls it as a plain function, whatever its stub says
         self, inode_list: Sequence[tuple[int, int]]
     ) -> None:
+        started = perf_counter_ns()
         for inode, count in inode_list:
             self.vfs.forget(inode, count)
+        self.counters.answered("forget", started)
 
     @_errors
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:

@@ -123,9 +123,18 @@ class Gate(Protocol):
         """Whether the gate answers for `name`."""
 
     def counters(self) -> dict[str, int]:
-        """`native.KIND` and `passed.KIND`: requests answered here, and by Python; `entries`, `known`: names
-        and objects; `bytes`: what the names take. `bytes_read` and `bytes_written`: data.
-        Empty without a gate."""
+        """What it did since the mount, and what it holds now:
+
+            native.OPCODE       requests it answered; an opcode of FUSE in small letters ("lookup")
+            passed.OPCODE       requests it handed on to Python
+            latency.OPCODE.K    of those it answered, how many took less than 2**K µs and no less than half of
+                                that (K 0: less than 1 µs)
+            read, written       bytes of files it moved itself
+            entries, known      names, and nodes, it has an answer for
+            bytes               its memory
+
+        What it does not count is left out.
+        """
 
 
 class NoGate:

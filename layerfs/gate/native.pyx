@@ -426,10 +426,9 @@ cdef class NativeGate:
     # -- looking in -------------------------------------------------------------------------------
 
     def counters(self):
-        """name -> number: requests `native.OPCODE` and `passed.OPCODE`, `entries`, `known`, `bytes`; and of
-        data `bytes_read` and `bytes_written`."""
+        """As `layerfs.gate.Gate`."""
         counts = {"entries": _gate.facts.names, "known": _gate.facts.known.used, "bytes": _gate.facts.bytes,
-                  "bytes_read": _gate.bytes_read, "bytes_written": _gate.bytes_written}
+                  "read": _gate.bytes_read, "written": _gate.bytes_written}
         for opcode in range(64):
             name = OPCODE_NAMES.get(opcode, f"opcode{opcode}")
             if _gate.natively[opcode]:

@@ -15,6 +15,7 @@ from layerfs.upper.upper import Upper
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp, without_setid
 from layerfs.vfs.node import Directory, File
+from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import Tree, fail
 
 #: Flags of open(2) that the backing descriptor gets as well. O_APPEND must not be among them: pwrite(2) would
@@ -58,8 +59,9 @@ class DirectoryHandle:
 
 
 class Files:
-    def __init__(self, tree: Tree, upper: Upper | None, copyup: CopyUp | None) -> None:
+    def __init__(self, tree: Tree, upper: Upper | None, copyup: CopyUp | None, tally: Tally) -> None:
         self.tree = tree
+        self.tally = tally
         self.upper = upper
         self.copyup = copyup
         self._handles: dict[int, Handle] = {}
@@ -169,6 +171,7 @@ class Files:
             view = memoryview(buffer)[count:]
             rest = partial(_read_all, fd.fd, view, offset + count)
             count += await trio.to_thread.run_sync(rest, limiter=self._io)
+        self.tally.read += count
         return memoryview(buffer)[:count]
 
     async def write(self, id: int, offset: int, data: bytes) -> int:
@@ -193,6 +196,7 @@ class Files:
             # A short count is the right answer to write(2), but the kernel does not look at it when it writes
             # back a mapping (fs/fuse/file.c fuse_writepage_end): the next fsync or msync tells.
             node.failure = failure
+        self.tally.written += written
         return written
 
     def _clear_setid(self, node: File, fd: OwnedFd) -> None:

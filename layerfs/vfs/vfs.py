@@ -36,6 +36,7 @@ from layerfs.vfs.names import Names
 from layerfs.vfs.namespace import Namespace, New
 from layerfs.vfs.node import Directory, File, Node
 from layerfs.vfs.rename import Rename
+from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import Attributes, Tree, fail
 
 if TYPE_CHECKING:
@@ -105,10 +106,11 @@ class Vfs:
         self.tree = Tree(stack, upper, owners, gate)
         links = LinkIndex(self.tree, upper_was_empty=_is_empty(stack))
         self.tree.links = links
+        self.tally = Tally()
         self._writing: _Writing | None = None
         copyup = None
         if upper is not None:
-            copyup = CopyUp(self.tree, upper, links, nursery, metacopy=metacopy and redirect_dir)
+            copyup = CopyUp(self.tree, upper, links, nursery, self.tally, metacopy=metacopy and redirect_dir)
             names = Names(self.tree, upper, copyup)
             self._writing = _Writing(
                 upper,
@@ -117,7 +119,7 @@ class Vfs:
                 Rename(names, redirect_dir=redirect_dir),
                 AttributeChanges(self.tree, upper, copyup),
             )
-        self.files = Files(self.tree, upper, copyup)
+        self.files = Files(self.tree, upper, copyup, self.tally)
         self.hold = Hold(copyup.quiet if copyup is not None else _nothing, gate)
 
     def _write(self) -> _Writing:
