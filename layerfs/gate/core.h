@@ -55,7 +55,8 @@ struct name {
 	uint32_t text; /* offset in `directory.text` */
 	uint16_t home;
 	uint8_t length;
-	uint8_t kind; /* NAME_* */
+	uint8_t kind : 4;  /* NAME_* */
+	uint8_t first : 4; /* it was NAME_ASK when it came: listed before the others. Never changes: see `arrange` */
 };
 
 struct directory {

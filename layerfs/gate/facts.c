@@ -215,7 +215,7 @@ bool facts_name(struct facts *facts, struct directory *directory, const char *te
 		kind = NAME_ASK;
 	memcpy(directory->text + directory->text_used, text, length);
 	directory->names[directory->count] =
-		(struct name){real, directory->text_used, home, (uint8_t)length, kind};
+		(struct name){real, directory->text_used, home, (uint8_t)length, kind & 15, kind == NAME_ASK};
 	directory->text_used += (uint32_t)length;
 	note(facts, directory, directory->count++);
 	return true;

@@ -39,6 +39,7 @@ cdef extern from "core.h":
         uint32_t text
         uint8_t length
         uint8_t kind
+        uint8_t first
 
     struct directory:
         uint64_t id
@@ -378,7 +379,10 @@ cdef class NativeGate:
     # -- listing ----------------------------------------------------------------------------------
 
     def arrange(self, uint64_t id, names):
-        """`names` with those first that Python must answer for."""
+        """`names` with those first that Python had to answer for when they came.
+
+        The kernel keeps a listing for all who open the directory, by the offsets of whoever read it (fs/fuse/readdir.c
+        fuse_add_dirent_to_cache): the order may not depend on anything but changes that it knows of."""
         cdef directory *found = facts_directory(&_gate.facts, id)
         cdef int64_t position
         if found == NULL:
@@ -387,7 +391,7 @@ cdef class NativeGate:
         plain = []
         for name in names:
             position = facts_find(&_gate.facts, found, name, len(name))
-            if position >= 0 and found.names[position].kind != NAME_ASK:
+            if position >= 0 and not found.names[position].first:
                 plain.append(name)
             else:
                 asked.append(name)
