@@ -101,6 +101,7 @@ cdef extern from "core.h":
     directory *facts_directory(const facts *, uint64_t) nogil
     int64_t facts_find(const facts *, const directory *, const char *, size_t) nogil
     bint facts_retract(facts *, directory *, const char *, size_t) nogil
+    void facts_give_back(directory *, uint32_t, uint8_t) nogil
     uint64_t facts_adopt(facts *, directory *, uint32_t) nogil
     int files_switch(files *, uint64_t, int) nogil
     bint gate_init(gate *, uint32_t, uint64_t) nogil
@@ -357,8 +358,8 @@ cdef class NativeGate:
         cdef int64_t position
         if found != NULL:
             position = facts_find(&_gate.facts, found, name, len(name))
-            if position >= 0 and found.names[position].real:
-                found.names[position].kind = NAME_PLAIN_DIRECTORY if is_dir else NAME_PLAIN
+            if position >= 0:
+                facts_give_back(found, <uint32_t>position, NAME_PLAIN_DIRECTORY if is_dir else NAME_PLAIN)
 
     def lend(self, uint64_t handle, int fd, bint writes):
         """Files that Python opened may be read here, and written."""
