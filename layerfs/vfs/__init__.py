@@ -8,7 +8,9 @@ Who does what:
     namespace   create, link, unlink
     rename      rename
     files       handles, data
-    attributes  setattr, xattrs
+    attributes  setattr, xattrs, birth times
+    inode_flags what chattr(1) sets
+    setid       what writing takes from the mode
 
 All state is touched on the event loop's thread only. Every operation has two halves: *prepare* may await
 (load directories, copy data), and

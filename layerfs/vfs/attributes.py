@@ -7,13 +7,14 @@ import os
 import stat
 from dataclasses import dataclass
 
-from layerfs.fdutil import OwnedFd, fd_path
+from layerfs.fdutil import OwnedFd, birth_time, fd_path
 from layerfs.overlay import acl, override
 from layerfs.overlay.names import XattrNames
 from layerfs.overlay.owners import CAPABILITY
 from layerfs.upper.upper import Upper
+from layerfs.vfs import inode_flags, setid
 from layerfs.vfs.caller import Caller
-from layerfs.vfs.copyup import CopyUp, without_setid
+from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.node import Directory, File, Node
 from layerfs.vfs.tree import Tree, fail
 
@@ -68,7 +69,7 @@ class Attributes:
         target = self.tree.object_path(fd, name)
         path = fd_path(target.fd)
         if change.size is not None:
-            self._cut(node, target, change.size)
+            self._cut(node, target, change.size, caller)
         if self.upper.overrides and override.may_carry(os.fstat(target.fd)) and change != Change():
             self._keep(node, path, uid, gid, change.mode)
         elif change.uid is not None or change.gid is not None or change == Change():
@@ -99,7 +100,7 @@ class Attributes:
         st = self.tree.stat_real(node)
         new = stat.S_IMODE(st.st_mode if mode is None else mode)
         if (uid, gid) != (-1, -1) and not isinstance(node, Directory):
-            new = without_setid(new) if mode is None else new
+            new = _without_setid(new) if mode is None else new
             try:
                 os.removexattr(path, CAPABILITY)
             except OSError:
@@ -110,13 +111,13 @@ class Attributes:
             # The real bits too: they are what an ACL is read and written by.
             self.upper.set_real_mode(path, new, is_dir=isinstance(node, Directory))
 
-    def _cut(self, node: Node, target: OwnedFd, size: int) -> None:
+    def _cut(self, node: Node, target: OwnedFd, size: int, caller: Caller) -> None:
         """truncate(2); takes setuid away as a write does."""
         if not stat.S_ISREG(os.fstat(target.fd).st_mode):
             fail(errno.EIO)  # replaced from outside; opening a fifo would block
         writer = OwnedFd(self._open_for_writing(node, target))
         os.ftruncate(writer.fd, size)
-        self.upper.change_mode(writer, without_setid)
+        setid.clear(self.tree, self.upper, writer, caller, may_keep=True)
 
     @staticmethod
     def _open_for_writing(node: Node, target: OwnedFd) -> int:
@@ -130,6 +131,17 @@ class Attributes:
                 if handle.writable:
                     return os.dup(handle.fd.fd)
             raise
+
+    async def set_flags(self, node: Node, command: int, value: bytes, caller: Caller) -> None:
+        """Inode flags (`vfs.inode_flags`). A file is copied up with its data: what replaced it later would
+        not have them. Raises OSError."""
+        if isinstance(node, Directory):
+            self.copyup.directory(node)
+        elif isinstance(node, File):
+            await self.copyup.settle(node, caller)
+            await self.copyup.data(node, caller)
+        self.tree.changed(node)
+        inode_flags.set_flags(self.tree, node, command, value)
 
     # -- xattrs -----------------------------------------------------------------------------------
 
@@ -170,6 +182,12 @@ class Attributes:
         os.removexattr(path, attribute, follow_symlinks=follow)
 
 
+def _without_setid(mode: int) -> int:
+    """The mode after a chown: setuid goes, and setgid of an executable (chown(2))."""
+    mode &= ~stat.S_ISUID
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode
+
+
 def _stored(names: XattrNames, name: bytes) -> str:
     attribute = names.stored(os.fsdecode(name))
     if attribute is None:
@@ -208,3 +226,16 @@ def list_xattrs(tree: Tree, node: Node, caller: Caller) -> list[bytes]:
         for name in map(tree.stack.names.shown, present)
         if name is not None and (caller.uid == 0 or not name.startswith("trusted."))
     ]
+
+
+def born(tree: Tree, node: Node) -> int | None:
+    """When an object was made (statx(2) stx_btime), in ns since 1970; None where its layer does not say.
+
+    A merged directory's is that of its top lower, as its number is; a copy of anything else shows its
+    original's. Raises OSError."""
+    if isinstance(node, Directory) and node.lowers:
+        return birth_time(tree.stack.open(node.lowers[0]).fd, b"")
+    fd, name = tree.where(node)
+    if node.in_upper and tree.upper is not None:
+        return tree.upper.birth_time(fd.fd, name)
+    return birth_time(fd.fd, name)

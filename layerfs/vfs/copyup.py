@@ -23,6 +23,7 @@ from layerfs.stack import Entry
 from layerfs.upper import copyup, journal
 from layerfs.upper.steps import step
 from layerfs.upper.upper import Upper
+from layerfs.vfs import setid
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.node import Directory, File, Node
@@ -42,11 +43,13 @@ _SWEPT_AT_ONCE = 100
 class Job:
     """One copy-up of one file (with all its names) that is under way."""
 
-    __slots__ = ("cancelled", "done", "ending", "error", "size", "waiters")
+    __slots__ = ("cancelled", "cutter", "done", "ending", "error", "size", "waiters")
 
-    def __init__(self, size: int | None) -> None:
+    def __init__(self, size: int | None, cutter: Caller) -> None:
         #: None: all data are copied; else only so many bytes, for a caller who cuts the file there
         self.size = size
+        #: that caller
+        self.cutter = cutter
         self.done = trio.Event()
         self.error: OSError | None = None
         self.waiters = 0
@@ -223,7 +226,7 @@ class CopyUp:
                     )
                     self._publish(node, copy, metacopy=False)
                     return
-                job = node.job = Job(size)
+                job = node.job = Job(size, caller)
                 node.users += 1
                 self._jobs.add(job)
                 self.nursery.start_soon(self._run, node, job, size)
@@ -301,7 +304,7 @@ class CopyUp:
                 raise Cancelled
             cut = length < st.st_size
             if cut and copy.fd is not None:
-                self._cut_short(copy.fd)
+                self._cut_short(copy.fd, job.cutter)
             if len(names) > 1:
                 record = await self._journal(node, copy, names)
                 self._publish_links(node, copy, names, record)
@@ -458,11 +461,11 @@ class CopyUp:
             except OSError:
                 continue
 
-    def _cut_short(self, fd: OwnedFd) -> None:
+    def _cut_short(self, fd: OwnedFd, cutter: Caller) -> None:
         """A copy of fewer bytes than the file has is half of a truncate: the other half, mtime and setuid,
         belongs to it before it is shown (the caller that truncates has yet to wake up).
         """
-        self.upper.change_mode(fd, without_setid)
+        setid.clear(self.tree, self.upper, fd, cutter, may_keep=True)
         os.utime(fd.fd, ns=(os.fstat(fd.fd).st_atime_ns, time.time_ns()))
 
     @staticmethod
@@ -474,9 +477,3 @@ class CopyUp:
             return
         for handle in node.handles or ():
             handle.fd = fd
-
-
-def without_setid(mode: int) -> int:
-    """The mode after a write or truncate: setuid goes, and setgid of an executable (write(2), inode(7))."""
-    mode &= ~stat.S_ISUID
-    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode

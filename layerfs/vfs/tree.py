@@ -522,6 +522,10 @@ class Tree:
             uid, gid = self.owners.uid.shown(uid), self.owners.gid.shown(gid)
         return Attributes(st, uid, gid, ino, nlink, ctime_ns, blocks)
 
+    def shown_gid(self, st: os.stat_result) -> int:
+        """The group of a real object as it is shown."""
+        return st.st_gid if self.owners is None else self.owners.gid.shown(st.st_gid)
+
     @staticmethod
     def _changed_meanwhile(node: File) -> bool:
         """Whether a lower file was copied up or unlinked while its names were counted."""
