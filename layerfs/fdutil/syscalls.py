@@ -149,12 +149,15 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 def birth_time(dirfd: int, name: bytes) -> int | None:
     """When `name` in `dirfd`, or `dirfd` itself when `name` is empty, was made, in ns since 1970 (statx(2)
-    stx_btime); None where the file system does not say. Symbolic links are not followed. Raises OSError.
+    stx_btime); None where the file system does not say, or a seccomp filter knows no statx. Symbolic links
+    are not followed. Raises OSError.
     """
     # struct statx has 256 bytes: u32 stx_mask at 0, stx_btime (s64 seconds, u32 nanoseconds) at 80.
     buffer = ctypes.create_string_buffer(256)
     flags = _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH
     if _libc.statx(dirfd, name, flags, _STATX_BTIME, buffer) != 0:
+        if ctypes.get_errno() in (errno.ENOSYS, errno.EPERM):
+            return None
         _raise(name)
     if not _MASK.unpack_from(buffer)[0] & _STATX_BTIME:
         return None

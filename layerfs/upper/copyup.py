@@ -35,6 +35,8 @@ class Source:
     ino: int
     #: value of the origin xattr
     origin: bytes = b""
+    #: birth time shown, kept on the copy of anything but a directory (ns since 1970); None: not known
+    born: int | None = None
 
     @property
     def path(self) -> bytes:
@@ -167,7 +169,8 @@ def _copy_attributes(upper: Upper, source: Source, temporary: bytes, *, metacopy
         upper.record_ino(work, temporary, source.ino)
         if st.st_nlink > 1:
             _optional(lambda: os.setxattr(path, names.nlink, b"U+0", follow_symlinks=False))
-        _keep_birth_time(upper, source, path)
+        if (born := source.born) is not None:
+            _optional(lambda: os.setxattr(path, names.btime, b"%d" % born, follow_symlinks=False))
     if own:
         upper.keep(path, st, follow=False)
         upper.set_real_mode(path, st.st_mode, is_dir=stat.S_ISDIR(st.st_mode))
@@ -180,12 +183,6 @@ def _set_origin(upper: Upper, source: Source, temporary: bytes) -> None:
     if source.origin:
         target = at_path(upper.work.fd.fd, temporary)
         _optional(lambda: os.setxattr(target, upper.names.origin, source.origin, follow_symlinks=False))
-
-
-def _keep_birth_time(upper: Upper, source: Source, path: bytes) -> None:
-    born = upper.birth_time(source.directory.fd, source.name)
-    if born is not None:
-        _optional(lambda: os.setxattr(path, upper.names.btime, b"%d" % born, follow_symlinks=False))
 
 
 def _optional(call: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ Who does what:
     namespace   create, link, unlink
     rename      rename
     files       handles, data
-    attributes  setattr, xattrs, birth times
+    attributes  setattr, xattrs
     inode_flags what chattr(1) sets
     setid       what writing takes from the mode
 

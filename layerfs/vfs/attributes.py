@@ -7,7 +7,7 @@ import os
 import stat
 from dataclasses import dataclass
 
-from layerfs.fdutil import OwnedFd, birth_time, fd_path
+from layerfs.fdutil import OwnedFd, fd_path
 from layerfs.overlay import acl, override
 from layerfs.overlay.names import XattrNames
 from layerfs.overlay.owners import CAPABILITY
@@ -163,6 +163,20 @@ class Attributes:
             st = self.tree.stat_real(node)
             mode = stat.S_IMODE(st.st_mode) & ~0o777 | real & 0o777
             self.upper.keep(path, override.changed(st, mode=mode), follow=follow)
+        if attribute == acl.ACCESS:
+            self._drop_setgid(node, path, caller)
+
+    def _drop_setgid(self, node: Node, path: bytes, caller: Caller) -> None:
+        """Who sets an ACL without being in the group takes setgid away, as by chmod (fs/posix_acl.c
+        posix_acl_update_mode). For a chmod the kernel sees to it."""
+        st = self.tree.stat_real(node)
+        if not st.st_mode & stat.S_ISGID or caller.in_group(self.tree.shown_gid(st)) or caller.keeps_setid():
+            return
+        mode = stat.S_IMODE(st.st_mode) & ~stat.S_ISGID
+        if self.upper.overrides:
+            self.upper.keep(path, override.changed(st, mode=mode), follow=True)
+        else:
+            os.chmod(path, mode)
 
     async def remove_xattr(self, node: Node, name: bytes, caller: Caller) -> None:
         """Raises OSError."""
@@ -226,16 +240,3 @@ def list_xattrs(tree: Tree, node: Node, caller: Caller) -> list[bytes]:
         for name in map(tree.stack.names.shown, present)
         if name is not None and (caller.uid == 0 or not name.startswith("trusted."))
     ]
-
-
-def born(tree: Tree, node: Node) -> int | None:
-    """When an object was made (statx(2) stx_btime), in ns since 1970; None where its layer does not say.
-
-    A merged directory's is that of its top lower, as its number is; a copy of anything else shows its
-    original's. Raises OSError."""
-    if isinstance(node, Directory) and node.lowers:
-        return birth_time(tree.stack.open(node.lowers[0]).fd, b"")
-    fd, name = tree.where(node)
-    if node.in_upper and tree.upper is not None:
-        return tree.upper.birth_time(fd.fd, name)
-    return birth_time(fd.fd, name)

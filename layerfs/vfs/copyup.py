@@ -330,8 +330,9 @@ class CopyUp:
 
     def _source(self, node: File, st: os.stat_result) -> copyup.Source:
         fd, name = self.tree.where(node)
+        born = self.tree.birth_time(node)
         if not node.in_upper:
-            return copyup.Source(fd, name, st, node.id, self.upper.make_origin(fd.fd, name))
+            return copyup.Source(fd, name, st, node.id, self.upper.make_origin(fd.fd, name), born)
         # The copy is made in a thread; meanwhile the name may come to mean another file, so the object itself
         # is held.
         fd = self.tree.object_path(fd, name)
@@ -339,7 +340,7 @@ class CopyUp:
             origin = os.getxattr(fd_path(fd.fd), self.upper.names.origin)
         except OSError:
             origin = b""
-        return copyup.Source(fd, b"", st, node.id, origin)
+        return copyup.Source(fd, b"", st, node.id, origin, born)
 
     # -- publishing -------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from layerfs.stack import Stack
 from layerfs.upper.upper import Upper
 from layerfs.vfs import inode_flags, kernel_index
 from layerfs.vfs.attributes import Attributes as AttributeChanges
-from layerfs.vfs.attributes import Change, born, get_xattr, list_xattrs
+from layerfs.vfs.attributes import Change, get_xattr, list_xattrs
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.files import DirectoryHandle, Files, Handle
@@ -290,7 +290,7 @@ class Vfs:
 
     async def birth_time(self, id: int) -> int | None:
         """In ns since 1970; None where the object's layer does not say."""
-        return born(self.tree, self.tree.node(id))
+        return self.tree.birth_time(self.tree.node(id))
 
     async def ioctl(self, id: int, command: int, argument: bytes, caller: Caller) -> bytes:
         """What an ioctl(2) on a file or directory gives back: for inode flags; ENOTTY for all others."""

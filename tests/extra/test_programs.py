@@ -45,8 +45,8 @@ Program = list[tuple[Any, ...]]
 
 @functools.cache
 def exact() -> bool:
-    """Whether holes are where nothing was written. File systems that allocate ahead do so for a copy otherwise
-    than for its original."""
+    """Whether holes are where nothing was written. File systems that allocate ahead do so for a copy
+    otherwise than for its original."""
     return fs_type(scratch_root()) == "ext4"
 
 
