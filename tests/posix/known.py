@@ -68,7 +68,7 @@ KILLPRIV = "pyfuse3 cannot ask for HANDLE_KILLPRIV_V2: a write does not say whet
 NO_GATE: list[Row] = [
     (r"test_tmpfile_\w+", ALL, TMPFILE),
     (
-        r"test_fallocate_grows\[.*\]|test_keep_size|test_punch_hole\[.*\]|test_zero_range|test_collapse_and_insert",
+        r"test_fallocate_grows\[.*\]|test_keep_size|test_punch_hole\[.*\]|test_zero_range",
         ALL,
         FALLOCATE,
     ),
