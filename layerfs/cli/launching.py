@@ -133,6 +133,7 @@ def mount(
         xattr_permissions=options.xattr_permissions,
         xattrs=options.xattrs,
         acl=options.acl,
+        gate=options.gate,
     )
     fuse_options, notes = kernel_mount_options(
         options,

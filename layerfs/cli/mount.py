@@ -25,6 +25,7 @@ from layerfs.overlay.options import parse_options
     "--ephemeral", is_flag=True, help="A temporary upper directory (in $TMPDIR or /var/tmp), gone at the end."
 )
 @click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options, separated by commas.")
+@click.option("--gate", type=click.Choice(["on", "off"]), help="As -o gate=.")
 @click.option("--foreground", is_flag=True, help="Serve in this process instead of a daemon.")
 @click.option(
     "--log", metavar="FILE", envvar="LAYERFS_LOG", help="Append what the daemon has to say to FILE."
@@ -36,6 +37,7 @@ def command(
     work: str | None,
     ephemeral: bool,
     options: tuple[str, ...],
+    gate: str | None,
     foreground: bool,
     log: str | None,
     arguments: tuple[str, ...],
@@ -52,6 +54,7 @@ def command(
       volatile                              never wait for the disk; a crash spoils the upper
       redirect_dir=on|off                   rename directories by a mark [on] or by copying
       metacopy=on|off                       copy attributes up without data [on]
+      gate=on|off                           answer from native code what is known [on where it was built]
       userxattr                             keep marks in user.* attributes even as root
       ro nosuid nodev noexec noatime ...    as for any mount
       allow_other                           other users may enter (root: the default)
@@ -80,6 +83,8 @@ def command(
     parsed = replace(
         parsed, lowers=lowers or parsed.lowers, upper=upper or parsed.upper, work=work or parsed.work
     )
+    if gate is not None:
+        parsed = replace(parsed, gate=gate == "on")
     launching.mount(
         options=parsed,
         mountpoint=mountpoint,

@@ -1,6 +1,6 @@
 """Descriptor-relative system calls: what Python's `os` lacks, typed and raising OSError. No policy."""
 
-from layerfs.fdutil.copying import Cancelled, copy_data, copy_range
+from layerfs.fdutil.copying import Cancelled, Copied, copy_data, copy_range
 from layerfs.fdutil.owned import FdPool, OwnedFd
 from layerfs.fdutil.syscalls import (
     RENAME_EXCHANGE,
@@ -27,6 +27,7 @@ __all__ = [
     "RESOLVE_INSIDE",
     "RESOLVE_INSIDE_MOUNT",
     "Cancelled",
+    "Copied",
     "FdPool",
     "OwnedFd",
     "at_path",

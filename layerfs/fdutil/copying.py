@@ -9,6 +9,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable
+from typing import NamedTuple
 
 _FICLONE = 0x40049409
 _FICLONERANGE = 0x4020940D
@@ -19,11 +20,20 @@ _CHUNK = 32 << 20
 _BUFFER = 1 << 20
 
 
+class Copied(NamedTuple):
+    """What a copy cost."""
+
+    #: bytes that were moved; holes are none, nor is what was cloned
+    bytes: int
+    #: by reflink
+    cloned: bool
+
+
 class Cancelled(Exception):
     """The copy was given up because nobody waits for it any more."""
 
 
-def copy_data(source: int, target: int, size: int, cancelled: Callable[[], bool] = lambda: False) -> None:
+def copy_data(source: int, target: int, size: int, cancelled: Callable[[], bool] = lambda: False) -> Copied:
     """Copies the first `size` bytes of `source` over an empty `target`, which ends up exactly `size` long,
     with the same holes.
 
@@ -33,20 +43,20 @@ def copy_data(source: int, target: int, size: int, cancelled: Callable[[], bool]
     if size == os.fstat(source).st_size:
         try:
             fcntl.ioctl(target, _FICLONE, source)
-            return
+            return Copied(0, True)
         except OSError:
             # EOPNOTSUPP, EXDEV, EINVAL, ENOTTY: no reflink here. A real fault (ENOSPC, EIO) comes back from
             # the copy below.
             pass
     os.ftruncate(target, size)
-    offset = 0
+    offset = copied = 0
     in_kernel = True
     while offset < size:
         try:
             start = os.lseek(source, offset, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:
-                return  # a hole up to the end
+                break  # a hole up to the end
             start, end = offset, size  # EINVAL: a file system that knows no holes
         else:
             end = size if start >= size else min(size, os.lseek(source, start, os.SEEK_HOLE))
@@ -75,9 +85,11 @@ def copy_data(source: int, target: int, size: int, cancelled: Callable[[], bool]
                 # end: read(2) is the truth.
                 moved = _read_write(source, target, position, min(want, _BUFFER))
                 if moved == 0:
-                    return  # the source was cut meanwhile from outside
+                    return Copied(copied, False)  # the source was cut meanwhile from outside
             position += moved
+            copied += moved
         offset = max(end, offset + 1)
+    return Copied(copied, False)
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, length: int) -> int:

@@ -1,4 +1,4 @@
-"""Translates pyfuse3 calls to Vfs and errors to errno. Decides nothing about layers.
+"""Translates pyfuse3 calls to Vfs and errors to errno, and counts them. Decides nothing about layers.
 
 Kernel caching: only layerfs changes the tree, and every change comes through the kernel that caches, which
 invalidates what it changed itself (fs/fuse/dir.c). So entries, attributes and absent names are good for ever;
@@ -13,12 +13,14 @@ import os
 import stat
 from collections.abc import Awaitable, Callable, Sequence
 from functools import wraps
+from time import perf_counter_ns
 from typing import Any, TypeVar
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from layerfs.fuse.counters import Counters
 from layerfs.vfs.vfs import Attributes, Caller, Change, New, Vfs
 
 log = logging.getLogger("layerfs.fuse")
@@ -31,6 +33,8 @@ _NOBODY = 3 << 62
 #: Bit of a WRITE's file handle by which a gate says what pyfuse3 does not: the writer has CAP_FSETID
 #: (FUSE_HANDLE_KILLPRIV_V2 is on and FUSE_WRITE_KILL_SUIDGID is not among the write_flags).
 KEEPS_SETID = 1 << 62
+#: Opcodes of methods that have another name.
+_OPCODES = {"readdir": "readdirplus"}
 #: Names of a listing that are answered before others get their turn.
 _TURN = 16
 
@@ -39,13 +43,15 @@ _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
 
 def _errors(method: _F) -> _F:
     """OSError becomes the caller's errno; anything else is our bug: logged with its traceback, EIO for the
-    caller.
+    caller. Either way the request is counted.
     """
+    kind = _OPCODES.get(method.__name__, method.__name__)
 
     @wraps(method)
-    async def guarded(*args: Any) -> Any:
+    async def guarded(self: Operations, *args: Any) -> Any:
+        started = perf_counter_ns()
         try:
-            return await method(*args)
+            return await method(self, *args)
         except OSError as error:
             raise FUSEError(error.errno or errno.EIO) from None
         except FUSEError:
@@ -53,6 +59,8 @@ def _errors(method: _F) -> _F:
         except Exception:
             log.exception("%s failed", method.__name__)
             raise FUSEError(errno.EIO) from None
+        finally:
+            self.counters.answered(kind, started)
 
     return guarded  # type: ignore[return-value]
 
@@ -90,11 +98,12 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = True
 
-    def __init__(self, describe: Callable[[str], bytes | None], *, masks: bool = False) -> None:
-        """`describe` answers the virtual xattrs of the root (`layerfs.mount`, …); None for other names.
-        `masks`: the kernel was asked to leave the umask to us (FUSE_DONT_MASK)."""
+    def __init__(self, describe: Callable[[str], bytes | None], counters: Counters) -> None:
+        """`describe` answers the virtual xattrs of the root (`layerfs.mount`, …); None for other names."""
         super().__init__()
-        self._masks = masks
+        self.counters = counters
+        #: the kernel leaves the umask to us (FUSE_DONT_MASK)
+        self.masks = False
         self.vfs: Vfs = None  # type: ignore[assignment]  # set before the first request is read
         self._describe = describe
         self._owner = os.geteuid()
@@ -111,7 +120,7 @@ class Operations(pyfuse3.Operations):
             pass  # the kernel does not know it
 
     def _caller(self, ctx: RequestContext) -> Caller:
-        return Caller(ctx.uid, ctx.gid, ctx.pid, ctx.umask if self._masks else 0)
+        return Caller(ctx.uid, ctx.gid, ctx.pid, ctx.umask if self.masks else 0)
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -123,8 +132,10 @@ class Operations(pyfuse3.Operations):
     def forget(  # type: ignore[override]  # pyfuse3 calls it as a plain function, whatever its stub says
         self, inode_list: Sequence[tuple[int, int]]
     ) -> None:
+        started = perf_counter_ns()
         for inode, count in inode_list:
             self.vfs.forget(inode, count)
+        self.counters.answered("forget", started)
 
     @_errors
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -165,12 +176,19 @@ class Operations(pyfuse3.Operations):
         handle = self.vfs.listing(fh)
         names = handle.names
         offset = start_id
+        answers = self.vfs.tree.gate.answers
+        fitted: bool | None
+        replied = 0  # an empty reply is the end of the listing
         while offset < len(names) + 2:
             if offset < 2:
-                if not await self._reply_dot(handle.node.id, handle.node.parent, offset, token):
-                    return
-            elif not await self._reply_name(handle.node.id, names[offset - 2], offset + 1, token):
+                fitted = await self._reply_dot(handle.node.id, handle.node.parent, offset, token)
+            elif replied and answers(handle.node.id, names[offset - 2]):
+                return  # the next request is the gate's
+            else:
+                fitted = await self._reply_name(handle.node.id, names[offset - 2], offset + 1, token)
+            if fitted is False:
                 return
+            replied += fitted is True
             offset += 1
             if offset % _TURN == 0:
                 # A whole reply is some 200 names and several milliseconds, and the next request for names is
@@ -187,7 +205,8 @@ class Operations(pyfuse3.Operations):
 
     async def _reply_name(
         self, directory: int, name: bytes, next_id: int, token: pyfuse3.ReaddirToken
-    ) -> bool:
+    ) -> bool | None:
+        """Whether there was room for it; None when the name has gone since the listing was begun."""
         try:
             found = await self.vfs.lookup(directory, name)
         except OSError:
@@ -199,7 +218,7 @@ class Operations(pyfuse3.Operations):
             entry.entry_timeout = entry.attr_timeout = 0
             return pyfuse3.readdir_reply(token, name, entry, next_id)
         if found is None:
-            return True  # gone since the listing was begun
+            return None
         if pyfuse3.readdir_reply(token, name, _entry(found), next_id):
             return True
         self.vfs.forget(found.ino, 1)

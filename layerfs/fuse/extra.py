@@ -12,7 +12,8 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Final
 
 from layerfs.fuse.adapter import FOR_EVER
@@ -20,6 +21,7 @@ from layerfs.vfs.vfs import Attributes, Caller, Vfs
 
 log = logging.getLogger("layerfs.fuse")
 
+FSYNC: Final = 20
 IOCTL: Final = 39
 FALLOCATE: Final = 43
 LSEEK: Final = 46
@@ -38,6 +40,8 @@ _FALLOCATE_IN: Final = struct.Struct("=QqqII")
 _LSEEK_IN: Final = struct.Struct("=QqII")
 #: fh_in, off_in, nodeid_out, fh_out, off_out, len, flags
 _COPY_FILE_RANGE_IN: Final = struct.Struct("=QqQQqQQ")
+#: fh, fsync_flags, padding
+_FSYNC_IN: Final = struct.Struct("=QII")
 #: flags, mode, umask, open_flags; a name follows, which means nothing for TMPFILE
 _CREATE_IN: Final = struct.Struct("=IIII")
 
@@ -62,9 +66,12 @@ _STATX_OUT: Final = struct.Struct("=QII16x")
 #: each for atime, btime, ctime, mtime; rdev_major, rdev_minor, dev_major, dev_minor, spare
 _STATX: Final = struct.Struct("=IIQIIIHHQQQQ" + 4 * "qIi" + "IIII112x")
 
+#: Bit of handles of files that the gate opened itself, for reading: only the node id says which.
+_NATIVE_HANDLE: Final = 1 << 63
 #: The largest answer that fuse_write_out has room for, in whole pages.
 _MOST_COPIED: Final = 0xFFFFF000
 _FOPEN_KEEP_CACHE: Final = 1 << 1
+_FSYNC_FDATASYNC: Final = 1 << 0
 _STATX_BASIC_STATS: Final = 0x7FF
 _STATX_BTIME: Final = 0x800
 _SECOND: Final = 1_000_000_000
@@ -80,6 +87,7 @@ class Extra:
         self.vfs = vfs
         self._reply = reply
         self._carriers: dict[int, Callable[[int, Caller, bytes], Awaitable[bytes]]] = {
+            FSYNC: self._fsync,
             IOCTL: self._ioctl,
             FALLOCATE: self._fallocate,
             LSEEK: self._lseek,
@@ -90,8 +98,9 @@ class Extra:
         }
 
     async def handle(self, frame: bytes) -> None:
-        """Answers one request. File handles in it are those that Vfs gave out. OSError becomes the caller's
-        errno; anything else is our bug: logged with its traceback, EIO for the caller.
+        """Answers one request. File handles in it are those that Vfs gave out, but for the source of a copy
+        and the file of an FSYNC. OSError becomes the caller's errno; anything else is our bug: logged with
+        its traceback, EIO for the caller.
         """
         _, opcode, unique, node, uid, gid, pid, _, _ = _IN_HEADER.unpack_from(frame)
         error, payload = 0, b""
@@ -125,16 +134,35 @@ class Extra:
         return _LSEEK_OUT.pack(await self.vfs.seek(handle, offset, whence))
 
     async def _copy_file_range(self, node: int, caller: Caller, body: bytes) -> bytes:
-        return _WRITE_OUT.pack(await self._copy(caller, body, _MOST_COPIED), 0)
+        return _WRITE_OUT.pack(await self._copy(node, caller, body, _MOST_COPIED), 0)
 
     async def _copy_file_range_64(self, node: int, caller: Caller, body: bytes) -> bytes:
-        return _COPY_FILE_RANGE_OUT.pack(await self._copy(caller, body, 1 << 63))
+        return _COPY_FILE_RANGE_OUT.pack(await self._copy(node, caller, body, 1 << 63))
 
-    async def _copy(self, caller: Caller, body: bytes, most: int) -> int:
+    async def _copy(self, node: int, caller: Caller, body: bytes, most: int) -> int:
         source, offset, _, target, target_offset, length, flags = _COPY_FILE_RANGE_IN.unpack_from(body)
         if flags:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return await self.vfs.copy(source, offset, target, target_offset, min(length, most), caller)
+        async with self._known(node, source, caller) as handle:
+            return await self.vfs.copy(handle, offset, target, target_offset, min(length, most), caller)
+
+    async def _fsync(self, node: int, caller: Caller, body: bytes) -> bytes:
+        handle, flags, _ = _FSYNC_IN.unpack_from(body)
+        async with self._known(node, handle, caller) as handle:
+            await self.vfs.fsync(handle, bool(flags & _FSYNC_FDATASYNC))
+        return b""
+
+    @asynccontextmanager
+    async def _known(self, node: int, handle: int, caller: Caller) -> AsyncIterator[int]:
+        """A handle of Vfs for a file that is open for reading."""
+        if not handle & _NATIVE_HANDLE:
+            yield handle
+            return
+        opened = await self.vfs.open(node, os.O_RDONLY, caller)
+        try:
+            yield opened.id
+        finally:
+            self.vfs.files.release(opened.id)
 
     async def _tmpfile(self, node: int, caller: Caller, body: bytes) -> bytes:
         flags, mode, umask, _ = _CREATE_IN.unpack_from(body)

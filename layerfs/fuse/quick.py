@@ -15,6 +15,8 @@ import sys
 from types import ModuleType
 from typing import Any, NoReturn
 
+from layerfs import gate
+
 #: Modules of trio that only other modules of these, and nothing in `trio` but its list of names, refer to.
 _UNUSED = ("trio._dtls", "trio._ssl", "trio._highlevel_ssl_helpers")
 _METADATA = "importlib.metadata"
@@ -23,6 +25,7 @@ _METADATA = "importlib.metadata"
 def import_quickly() -> None:
     """Does nothing when trio is there already: others may use all of it."""
     if "trio" in sys.modules:
+        gate.import_pyfuse3()
         return
     placed = []
     for name in (*_UNUSED, _METADATA):
@@ -30,7 +33,7 @@ def import_quickly() -> None:
             sys.modules[name] = _Metadata(name) if name == _METADATA else _Unused(name)
             placed.append(name)
     try:
-        import pyfuse3  # noqa: F401 - into sys.modules, from where all others take it
+        gate.import_pyfuse3()  # into sys.modules, from where all others take them
         import trio  # noqa: F401
     finally:
         for name in placed:  # whoever asks for them later gets the real ones

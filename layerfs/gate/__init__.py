@@ -1,46 +1,245 @@
-"""The seam to the native path: what `vfs` publishes, and the gate that does nothing with it.
+"""The native path: what `vfs` publishes, and who answers from it.
 
-`vfs` calls these at the places where a fact becomes true or stops being true; the rules are:
+`vfs` publishes the names of a directory that it has loaded. A *plain* name is an object of one lower that is
+shown as it is there, but for its inode number; a directory is one when no other layer has it. For such names,
+and for those that are absent, the gate answers the kernel itself, without Python. Everything else is asked of
+Python. Python makes a node of a plain name when it needs one (`adopt`): from then on the name is Python's
+until it lets go of the node (`give_back`).
 
-* `retract_*` is called *before* the reply to the request that makes the fact false, and returns only when no
-  answer from the old fact is still being built.
-* A fact is published with the generation of its directory at which it was computed; a publish that comes late
-  (the task awaited and somebody retracted meanwhile) must be dropped by the receiver.
+The gate runs on the thread of the event loop, inside pyfuse3's read of the device. So there is no moment at
+which a fact is half retracted: what `vfs` retracts, before it replies to the request that makes it false, is
+gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Protocol
 
 from layerfs.ids import NodeId
 
+#: (descriptor of the layer's root, path below it, what makes a real inode number the shown one).
+Plain = tuple[int, bytes, int]
+
+
+class Name(Protocol):
+    """An entry of a merged directory (`stack.merge`)."""
+
+    real: int
+    is_dir: bool
+    node: Any
+
+    @property
+    def home(self) -> Any: ...
+
+    @property
+    def lowers(self) -> Sequence[Any]: ...
+
+
+class Shown(Protocol):
+    """Attributes as `vfs.tree` computes them."""
+
+    st: os.stat_result
+    uid: int
+    gid: int
+    nlink: int
+    ctime_ns: int
+    blocks: int
+
 
 class Gate(Protocol):
-    def publish_directory(self, directory: NodeId, generation: int, names: Iterable[bytes]) -> None:
-        """All names of `directory`: whatever is not among them is known to be absent."""
+    #: somebody answers from what is published
+    native: bool
+
+    def publish_directory(
+        self, directory: NodeId, names: Mapping[bytes, Name], plain: Mapping[Any, Plain]
+    ) -> None:
+        """All names of `directory`: whatever is not among them is known to be absent. `plain`: the homes
+        whose files are shown as they are."""
 
     def retract_name(self, directory: NodeId, name: bytes) -> None:
         """`name` in `directory` is about to appear, vanish or mean something else."""
 
+    def tell_attributes(self, node: NodeId, shown: Shown) -> None:
+        """What stat shows of a node, until it is retracted or forgotten."""
+
     def retract_attributes(self, node: NodeId) -> None:
-        """Attributes, xattrs or the backing file of `node` are about to change."""
+        """Attributes or the backing file of `node` are about to change."""
+
+    def tell_no_capability(self, node: NodeId) -> None:
+        """`node` has no `security.capability`, for which the kernel asks before the first write."""
+
+    def retract_capability(self, node: NodeId) -> None:
+        """`node` is about to get xattrs."""
+
+    def claim(self, node: NodeId) -> None:
+        """There is a node with this id now."""
 
     def forget(self, node: NodeId) -> None:
-        """The kernel has forgotten `node`."""
+        """There is no such node any more."""
+
+    def knows(self, node: NodeId) -> bool:
+        """Whether the kernel has an object with this id that Python has no node for."""
+
+    def whereabouts(self, node: NodeId) -> tuple[NodeId, bytes] | None:
+        """Of such an object: its directory and its name there."""
+
+    def holds(self, directory: NodeId) -> bool:
+        """Whether the kernel has such objects in `directory`; if so the node must stay until `on_let_go`."""
+
+    def adopt(self, directory: NodeId, name: bytes) -> int:
+        """Python makes a node of a name. Its lookup count until now."""
+
+    def give_back(self, directory: NodeId, name: bytes, is_dir: bool) -> None:
+        """Python has let go of the node of a name that is what it was when it was published."""
+
+    def lend(self, handle: int, fd: int, writes: bool) -> None:
+        """The open file `handle` may be read through `fd`, which stays the caller's; `writes`: written, too.
+        Said again: through another descriptor."""
+
+    def take_back(self, handle: int) -> None:
+        """That ends; before the handle is closed at the latest."""
+
+    def hold_writes(self, held: bool) -> None:
+        """Whether Python must see every WRITE."""
+
+    def switch(self, node: NodeId, fd: int) -> None:
+        """Files of `node` that the gate opened read `fd`, which stays the caller's, from now on."""
+
+    def arrange(self, directory: NodeId, names: Iterable[bytes]) -> list[bytes]:
+        """`names` in the order in which they are to be listed: those that Python answers for first."""
+
+    def list_names(
+        self, handle: int, directory: NodeId, parent: NodeId, names: list[bytes], fresh: bool
+    ) -> None:
+        """The open directory `handle` lists `names` (as arranged). `fresh`: a read from its start need not
+        look again."""
+
+    def answers(self, directory: NodeId, name: bytes) -> bool:
+        """Whether the gate answers for `name`."""
+
+    def counters(self) -> dict[str, int]:
+        """What it did since the mount, and what it holds now:
+
+            native.OPCODE       requests it answered; an opcode of FUSE in small letters ("lookup")
+            passed.OPCODE       requests it handed on to Python
+            latency.OPCODE.K    of those it answered, how many took less than 2**K µs and no less than half of
+                                that (K 0: less than 1 µs)
+            read, written       bytes of files it moved itself
+            entries, known      names, and nodes, it has an answer for
+            bytes               its memory
+
+        What it does not count is left out.
+        """
 
 
 class NoGate:
     """Everything is asked of Python."""
 
-    def publish_directory(self, directory: NodeId, generation: int, names: Iterable[bytes]) -> None:
+    native = False
+
+    def publish_directory(
+        self, directory: NodeId, names: Mapping[bytes, Name], plain: Mapping[Any, Plain]
+    ) -> None:
         pass
 
     def retract_name(self, directory: NodeId, name: bytes) -> None:
         pass
 
+    def tell_attributes(self, node: NodeId, shown: Shown) -> None:
+        pass
+
     def retract_attributes(self, node: NodeId) -> None:
+        pass
+
+    def tell_no_capability(self, node: NodeId) -> None:
+        pass
+
+    def retract_capability(self, node: NodeId) -> None:
+        pass
+
+    def claim(self, node: NodeId) -> None:
         pass
 
     def forget(self, node: NodeId) -> None:
         pass
+
+    def knows(self, node: NodeId) -> bool:
+        return False
+
+    def whereabouts(self, node: NodeId) -> tuple[NodeId, bytes] | None:
+        return None
+
+    def holds(self, directory: NodeId) -> bool:
+        return False
+
+    def adopt(self, directory: NodeId, name: bytes) -> int:
+        return 0
+
+    def give_back(self, directory: NodeId, name: bytes, is_dir: bool) -> None:
+        pass
+
+    def lend(self, handle: int, fd: int, writes: bool) -> None:
+        pass
+
+    def take_back(self, handle: int) -> None:
+        pass
+
+    def hold_writes(self, held: bool) -> None:
+        pass
+
+    def switch(self, node: NodeId, fd: int) -> None:
+        pass
+
+    def arrange(self, directory: NodeId, names: Iterable[bytes]) -> list[bytes]:
+        return list(names)
+
+    def list_names(
+        self, handle: int, directory: NodeId, parent: NodeId, names: list[bytes], fresh: bool
+    ) -> None:
+        pass
+
+    def answers(self, directory: NodeId, name: bytes) -> bool:
+        return False
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+
+#: Why there is no native gate; None: there is.
+unavailable: str | None = "not loaded"
+_native: ModuleType | None = None
+
+
+def import_pyfuse3() -> None:
+    """Imports pyfuse3, behind the native module where there is one: `fuse_session_mount` must be found there
+    first. Sets `unavailable`."""
+    global unavailable, _native
+    if "pyfuse3" in sys.modules:
+        if _native is None:
+            unavailable = "pyfuse3 was loaded first"
+        return
+    before = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
+    try:
+        _native = importlib.import_module("layerfs.gate.native")
+    except ImportError as error:
+        unavailable = f"it was not built ({error})"
+    finally:
+        sys.setdlopenflags(before)
+    import pyfuse3
+
+    if _native is not None:
+        _native.serve(os.fsencode(pyfuse3.__file__))
+        unavailable = None
+
+
+def make(descriptors: int, resolve: int, *, statfs: int, xattrs: bool) -> Any:
+    """The process's native gate (`native.NativeGate`), or None: see `unavailable`. Raises MemoryError."""
+    if _native is None:
+        return None
+    return _native.NativeGate(descriptors, resolve, statfs=statfs, xattrs=xattrs)

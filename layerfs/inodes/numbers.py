@@ -45,6 +45,12 @@ def compose(layer: LayerNumber, real: RealIno, region: bytes = b"") -> Ino:
     return Ino(layer << _SHIFT | real)
 
 
+def base(layer: LayerNumber) -> int | None:
+    """What is or-ed to a real number above 1 and below 2^48 of the layer's own file system to make the shown
+    one; None: it is a hash."""
+    return layer << _SHIFT if layer <= _MAX_LAYER else None
+
+
 def split(ino: Ino) -> tuple[LayerNumber, RealIno] | None:
     """Layer and real number of a composed number; None for hashes, temporary numbers and the root."""
     if ino & (TEMPORARY | HASHED) or ino <= 1:

@@ -124,6 +124,8 @@ class MountOptions:
     xattrs: bool = True
     #: The kernel heeds ACLs.
     acl: bool = True
+    #: The native gate answers what it knows; None: where it can be had.
+    gate: bool | None = None
     #: Options for the mount itself in the order of their last mention, e.g. `noatime`, `max_read=65536`.
     fuse: tuple[str, ...] = ()
     #: Access times were asked for by name, which takes back the default `noatime`.
@@ -279,7 +281,7 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
     state = _Parsing()
     upper = work = None
     volatile = read_only = atime = False
-    redirect_dir = metacopy = userxattr = None
+    redirect_dir = metacopy = userxattr = gate = None
     for option in (option for text in strings for option in split_options(text)):
         name, equals, raw = option.partition("=")
         value = raw if equals else None
@@ -295,6 +297,8 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
             work = _path(name, value)
         elif name == "volatile" and value is None:
             volatile = True
+        elif name == "gate":
+            gate = _choice(name, value, _BOOLEAN)
         elif name == "redirect_dir":
             redirect_dir = _choice(name, value, _REDIRECT)
         elif name == "metacopy":
@@ -351,6 +355,7 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
         xattr_permissions=state.xattr_permissions,
         xattrs=state.xattrs,
         acl=state.acl,
+        gate=gate,
         fuse=tuple(state.fuse.values()),
         atime=atime,
         ineffective=tuple(state.ineffective),

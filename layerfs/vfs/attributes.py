@@ -83,6 +83,8 @@ class Attributes:
                 os.chmod(path, stat.S_IMODE(change.mode))
             if isinstance(node, File) and node.handles:
                 node.privileged = bool(change.mode & (stat.S_ISUID | stat.S_ISGID))
+                for handle in node.handles:
+                    self.tree.gate.lend(handle.id, handle.fd.fd, False)
         if change.atime_ns is not None or change.mtime_ns is not None:
             st = os.fstat(target.fd)
             atime = change.atime_ns if change.atime_ns is not None else st.st_atime_ns
@@ -155,6 +157,7 @@ class Attributes:
             value = stored
         await self._into_upper(node, caller)
         self.tree.changed(node)
+        self.tree.gate.retract_capability(node.id)
         path, follow, _keep = self.tree.real_path(node)
         os.setxattr(path, attribute, value, follow_symlinks=follow)
         if attribute == acl.ACCESS and self.upper.overrides:

@@ -41,3 +41,5 @@ class StackConfig:
     xattrs: bool = True
     #: The kernel heeds ACLs.
     acl: bool = True
+    #: The native gate answers what it knows; None: where it can be had.
+    gate: bool | None = None

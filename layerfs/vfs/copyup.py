@@ -18,7 +18,7 @@ from functools import partial
 
 import trio
 
-from layerfs.fdutil import Cancelled, OwnedFd, fd_path
+from layerfs.fdutil import Cancelled, Copied, OwnedFd, fd_path
 from layerfs.stack import Entry
 from layerfs.upper import copyup, journal
 from layerfs.upper.steps import step
@@ -27,6 +27,7 @@ from layerfs.vfs import setid
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.node import Directory, File, Node
+from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import Tree, fail
 
 log = logging.getLogger("layerfs.vfs")
@@ -60,9 +61,17 @@ class Job:
 
 class CopyUp:
     def __init__(
-        self, tree: Tree, upper: Upper, links: LinkIndex, nursery: trio.Nursery, *, metacopy: bool
+        self,
+        tree: Tree,
+        upper: Upper,
+        links: LinkIndex,
+        nursery: trio.Nursery,
+        tally: Tally,
+        *,
+        metacopy: bool,
     ) -> None:
         self.tree = tree
+        self.tally = tally
         self.upper = upper
         self.links = links
         self.metacopy = metacopy
@@ -135,6 +144,7 @@ class CopyUp:
         directory.pin = self.upper.open_path(work, temporary)
         self.upper.discard(temporary)
         self._moved_up(directory, None, b"")
+        self.tally.directories += 1
         self.tree.keep_ctime(directory, st.st_ctime_ns)
         return directory.pin
 
@@ -155,6 +165,7 @@ class CopyUp:
             raise
         copyup.publish(self.upper, temporary, parent_fd, directory.name, replace=False)
         self._moved_up(directory, parent, directory.name)
+        self.tally.directories += 1
         self.tree.keep_ctime(parent, parent_ctime)
         self.tree.keep_ctime(directory, st.st_ctime_ns)
 
@@ -322,9 +333,11 @@ class CopyUp:
         fd = self.tree.open_real(*self.tree.where(node), os.O_RDWR)
         if data is None:
             os.removexattr(fd.fd, self.upper.names.metacopy)
+            copied = Copied(0, False)
         else:
             work = partial(copyup.fill, self.upper, fd, data, size, lambda: job.cancelled)
-            await trio.to_thread.run_sync(work, limiter=self._limiter)
+            copied = await trio.to_thread.run_sync(work, limiter=self._limiter)
+        self.tally.copied_up(copied)
         node.metacopy = False
         self._switch_handles(node, fd, False)
 
@@ -372,6 +385,7 @@ class CopyUp:
             self.tree.keep_ctime(parent, parent_ctime)
         node.metacopy = metacopy
         self._moved_up(node, parent, name)
+        self.tally.copied_up(copy.copied, metacopy=metacopy)
         self._switch_handles(node, copy.fd, metacopy)
         self.tree.keep_ctime(node, old_ctime)
 
@@ -449,6 +463,7 @@ class CopyUp:
                 entry.node = node
                 self.tree.add_name(node, directory, name)
         self._moved_up(node, node.parent, node.name)
+        self.tally.copied_up(copy.copied)
         self._switch_handles(node, copy.fd, False)
         self.tree.keep_ctime(node, old_ctime)
 
@@ -469,8 +484,7 @@ class CopyUp:
         setid.clear(self.tree, self.upper, fd, cutter, may_keep=True)
         os.utime(fd.fd, ns=(os.fstat(fd.fd).st_atime_ns, time.time_ns()))
 
-    @staticmethod
-    def _switch_handles(node: File, fd: OwnedFd | None, metacopy: bool) -> None:
+    def _switch_handles(self, node: File, fd: OwnedFd | None, metacopy: bool) -> None:
         """Descriptors opened for reading before the copy-up read the upper file from now on (POSIX; the
         kernel's overlayfs does not).
         """
@@ -478,3 +492,5 @@ class CopyUp:
             return
         for handle in node.handles or ():
             handle.fd = fd
+            self.tree.gate.lend(handle.id, fd.fd, False)
+        self.tree.gate.switch(node.id, fd.fd)

@@ -15,6 +15,7 @@ from layerfs.vfs import setid
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.node import Directory, File
+from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import Tree, fail
 
 #: Flags of open(2) that the backing descriptor gets as well. O_APPEND must not be among them: pwrite(2) would
@@ -57,8 +58,9 @@ class DirectoryHandle:
 
 
 class Files:
-    def __init__(self, tree: Tree, upper: Upper | None, copyup: CopyUp | None) -> None:
+    def __init__(self, tree: Tree, upper: Upper | None, copyup: CopyUp | None, tally: Tally) -> None:
         self.tree = tree
+        self.tally = tally
         self.upper = upper
         self.copyup = copyup
         self._handles: dict[int, Handle] = {}
@@ -119,11 +121,22 @@ class Files:
         if handle.writable:
             assert self.upper is not None
             node.privileged = bool(self.upper.stat(fd).st_mode & setid.SETID)
+        self.lend(handle)
         return handle
+
+    def lend(self, handle: Handle) -> None:
+        """Lets the gate read and write an open file, or no longer write, as things are now.
+
+        Not write: what a WRITE changes beside the data is done here (setuid; a ctime that was kept from
+        before the copy-up), and O_SYNC takes a disk's time."""
+        node = handle.node
+        writes = handle.writable and not handle.sync and not node.privileged
+        self.tree.gate.lend(handle.id, handle.fd.fd, writes and node.real not in self.tree.shown_ctimes)
 
     def release(self, id: int) -> None:
         handle = self._handles.pop(id, None)
         if handle is not None:
+            self.tree.gate.take_back(id)
             node = handle.node
             if node.handles is not None:
                 node.handles.discard(handle)
@@ -157,6 +170,7 @@ class Files:
             view = memoryview(buffer)[count:]
             rest = partial(_read_all, fd.fd, view, offset + count)
             count += await trio.to_thread.run_sync(rest, limiter=self._io)
+        self.tally.read += count
         return memoryview(buffer)[:count]
 
     async def write(self, id: int, offset: int, data: bytes, *, keeps_setid: bool = False) -> int:
@@ -169,6 +183,7 @@ class Files:
         if node.privileged and not keeps_setid:
             self._clear_setid(node, fd, handle.opener, may_keep=False)
         self.tree.changed(node)
+        self.lend(handle)
         write = partial(_write_all, fd.fd, data, offset)
         if len(data) <= _INLINE_WRITE and not handle.sync:
             written, failure = write()
@@ -180,6 +195,7 @@ class Files:
             # A short count is the right answer to write(2), but the kernel does not look at it when it writes
             # back a mapping (fs/fuse/file.c fuse_writepage_end): the next fsync or msync tells.
             node.failure = failure
+        self.tally.written += written
         return written
 
     async def _settled(self, handle: Handle, caller: Caller) -> OwnedFd:
@@ -202,6 +218,7 @@ class Files:
         if handle.node.privileged:
             self._clear_setid(handle.node, fd, caller, may_keep=True)
         self.tree.changed(handle.node)
+        self.lend(handle)
         return fd
 
     async def allocate(self, id: int, mode: int, offset: int, length: int, caller: Caller) -> None:
@@ -254,6 +271,7 @@ class Files:
         handle = DirectoryHandle(self._number(), node)
         self._directories[handle.id] = handle
         node.users += 1
+        await self._look(handle, fresh=True)
         return handle
 
     def directory(self, id: int) -> DirectoryHandle:
@@ -263,7 +281,13 @@ class Files:
         return handle
 
     async def rewind(self, handle: DirectoryHandle) -> None:
-        handle.names = list((await self.tree.load(handle.node)).names)
+        await self._look(handle, fresh=False)
+
+    async def _look(self, handle: DirectoryHandle, *, fresh: bool) -> None:
+        node, gate = handle.node, self.tree.gate
+        handle.names = gate.arrange(node.id, (await self.tree.load(node)).names)
+        above = node.parent if node.parent is not None else node
+        gate.list_names(handle.id, node.id, above.id, handle.names, fresh)
 
     def release_directory(self, id: int) -> None:
         handle = self._directories.pop(id, None)

@@ -30,6 +30,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from layerfs.gate import Gate, NoGate
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.tree import fail
 
@@ -103,9 +104,11 @@ class Session:
 
 
 class Hold:
-    def __init__(self, quiet: Callable[[], Awaitable[None]]) -> None:
-        """`quiet` waits until nothing changes the upper in the background."""
+    def __init__(self, quiet: Callable[[], Awaitable[None]], gate: Gate | None = None) -> None:
+        """`quiet` waits until nothing changes the upper in the background. `gate` shows every WRITE while
+        there are sessions."""
         self.quiet = quiet
+        self._gate = gate if gate is not None else NoGate()
         self.turn = trio.Lock()
         #: node id -> changes under way that name it first
         self.changing: Counter[int] = Counter()
@@ -122,10 +125,12 @@ class Hold:
     def session(self) -> Session:
         session = Session(self)
         self._sessions.add(session)
+        self._gate.hold_writes(True)
         return session
 
     def forget(self, session: Session) -> None:
         self._sessions.discard(session)
+        self._gate.hold_writes(bool(self._sessions))
         self.stir()
 
     def give_up(self) -> None:

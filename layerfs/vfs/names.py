@@ -47,14 +47,12 @@ class Names:
 
     def set_entry(self, parent: Directory, name: bytes, entry: Entry) -> None:
         merged = self.merged(parent)
-        parent.generation += 1
         self.tree.gate.retract_name(parent.id, name)
         merged.names[name] = entry
         merged.devices.discard(name)
 
     def drop_entry(self, parent: Directory, name: bytes, *, hidden: bool) -> None:
         merged = self.merged(parent)
-        parent.generation += 1
         self.tree.gate.retract_name(parent.id, name)
         del merged.names[name]
         if hidden:

@@ -230,6 +230,7 @@ class Namespace:
         if isinstance(node, Directory):
             node.merged = Merged()
             node.impure = False
+            self.tree.gate.publish_directory(node.id, {}, {})
         else:
             node.metacopy = False
         self.tree.nodes[node.id] = node

@@ -69,7 +69,6 @@ class Node:
 
 class Directory(Node):
     __slots__ = (
-        "generation",
         "impure",
         "loading",
         "lower_path",
@@ -94,8 +93,6 @@ class Directory(Node):
         self.marked = False
         #: region of the upper that its upper part lies in; None: not looked yet
         self.upper_region: bytes | None = None
-        #: raised by every change of its names (see `gate`)
-        self.generation = 0
 
 
 class File(Node):

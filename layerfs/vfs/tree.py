@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import trio
 
 from layerfs.fdutil import OwnedFd, at_path, birth_time, fd_path
-from layerfs.gate import Gate, NoGate
+from layerfs.gate import Gate, NoGate, Plain
 from layerfs.ids import ROOT, Ino, NodeId, RealIno
 from layerfs.inodes import numbers
 from layerfs.overlay import origin as origin_codec
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 #: about 1,000 names.
 _THREAD_ABOVE = 32 << 10
 NAME_MAX = 255
+#: Bytes of a path that one system call takes.
+PATH_MAX = 4096
 
 
 def fail(number: int) -> NoReturn:
@@ -77,6 +79,8 @@ class Tree:
         self.shown_ctimes: dict[int, tuple[int, int]] = {}
         #: told when attributes that the kernel keeps were changed by something other than its own requests
         self.attributes_moved: Callable[[NodeId], None] = lambda id: None
+        #: directories whose attributes changed since `tell_changed`
+        self._changed: set[Directory] = set()
         #: raised when a directory moves (see `links`)
         self.moves = 0
         self._temporary = 0
@@ -99,9 +103,17 @@ class Tree:
     def node(self, id: int) -> Node:
         """Raises OSError(ESTALE) for a node the kernel should not know."""
         node = self.nodes.get(NodeId(id))
-        if node is None:
+        return node if node is not None else self._from_gate(NodeId(id))
+
+    def _from_gate(self, id: NodeId) -> Node:
+        """The node of an object that the kernel has got from the gate. Raises OSError."""
+        place = self.gate.whereabouts(id)
+        if place is None:
             fail(errno.ESTALE)
-        return node
+        directory, name = place
+        parent = self.directory(directory)
+        assert parent.merged is not None, "its names were published"
+        return self.child(parent, name, parent.merged.names[name])
 
     def directory(self, id: int) -> Directory:
         node = self.node(id)
@@ -124,6 +136,8 @@ class Tree:
     def release(self, node: Node | None) -> None:
         """Drops `node`, and then its parents, if nothing needs them any more."""
         while node is not None and node.lookups <= 0 and node.users <= 0 and node.id != ROOT:
+            if self.gate.holds(node.id):
+                return  # `let_go` follows
             if self.nodes.get(node.id) is node:
                 del self.nodes[node.id]
                 self.gate.forget(node.id)
@@ -140,12 +154,17 @@ class Tree:
             node.pin = None
             node = parent
 
-    @staticmethod
-    def _unname(node: Node, parent: Directory, name: bytes) -> None:
+    def let_go(self, id: int) -> None:
+        """The gate holds nothing of a directory any more."""
+        self.release(self.nodes.get(NodeId(id)))
+
+    def _unname(self, node: Node, parent: Directory, name: bytes) -> None:
         parent.users -= 1
         entry = parent.merged.names.get(name) if parent.merged is not None else None
         if entry is not None and entry.node is node:
             entry.node = None
+            if entry.home is not None:
+                self.gate.give_back(parent.id, name, entry.is_dir)
 
     def add_name(self, node: Node, parent: Directory, name: bytes) -> None:
         """`node` has the name `name` in `parent` (as well)."""
@@ -201,7 +220,9 @@ class Tree:
             ino = numbers.compose(top.layer.number, RealIno(real), region)
         else:
             ino = self._upper_number(parent, name, entry)
+        lookups = self.gate.adopt(parent.id, name)
         node = Directory(self.claim(ino), parent=None, name=name)
+        node.lookups = lookups
         node.lowers = lowers
         if lowers:
             node.lower_path = self._lower_path(parent, name, entry, lowers)
@@ -233,7 +254,9 @@ class Tree:
         known = self.nodes.get(NodeId(ino))
         if isinstance(known, File) and self._same(known, entry, region):
             return known
+        lookups = self.gate.adopt(parent.id, name)
         node = File(self.claim(ino), parent=None, name=name)
+        node.lookups = lookups
         node.in_upper = entry.home is None
         node.home, node.home_name, node.real = entry.home, name, entry.real
         node.region = region
@@ -268,12 +291,12 @@ class Tree:
 
     def claim(self, ino: Ino) -> NodeId:
         """The node id for a new node: its number, or a temporary one when a live node has that."""
-        if (id := NodeId(ino)) not in self.nodes:
-            return id
-        while True:
+        id = NodeId(ino)
+        while id in self.nodes or self.gate.knows(id):
             self._temporary += 1
-            if (id := NodeId(numbers.TEMPORARY | self._temporary)) not in self.nodes:
-                return id
+            id = NodeId(numbers.TEMPORARY | self._temporary)
+        self.gate.claim(id)
+        return id
 
     def _upper_number(self, parent: Directory, name: bytes, entry: Entry) -> Ino:
         if self.upper is not None and (self.is_impure(parent) or self.upper.inode_log):
@@ -465,12 +488,25 @@ class Tree:
                 # Nothing can have changed the names meanwhile: every change loads first, and a copy-up of the
                 # directory itself only adds an empty upper part.
                 directory.merged = merged
-                self.gate.publish_directory(directory.id, directory.generation, merged.names)
+                self.gate.publish_directory(directory.id, merged.names, self._plain(directory))
                 return merged
             finally:
                 directory.loading.set()
                 directory.loading = None
                 directory.users -= 1
+
+    def _plain(self, directory: Directory) -> dict[LowerDir, Plain]:
+        """The lower directories whose files are shown as they are, but for their numbers."""
+        if self.owners is not None:
+            return {}
+        return {
+            home: (home.layer.fd.fd, home.path, base)
+            for home in directory.lowers
+            if not home.layer.overrides
+            and not home.region
+            and (base := numbers.base(home.layer.number)) is not None
+            and len(home.path) < PATH_MAX
+        }
 
     async def _read_names(self, directory: Directory) -> Merged:
         upper = self.upper_fd(directory) if directory.in_upper else None
@@ -510,6 +546,11 @@ class Tree:
                     return await self.attributes(node)
             return self._attributes(st, node.id, nlink, st.st_ctime_ns, st.st_blocks)
         assert isinstance(node, Directory)
+        return self._directory_attributes(node, st)
+
+    def _directory_attributes(self, node: Directory, st: os.stat_result | None = None) -> Attributes:
+        if st is None:
+            st = self.stat_real(node)
         parts = len(node.lowers) + node.in_upper
         if node.in_upper:
             return self._upper_attributes(node, st, st.st_nlink if parts == 1 else 1)
@@ -586,6 +627,22 @@ class Tree:
         if node.in_upper and self.shown_ctimes:
             self.shown_ctimes.pop(node.real, None)
         self.gate.retract_attributes(node.id)
+        if self.gate.native and isinstance(node, Directory):
+            self._changed.add(node)
+
+    def tell_changed(self) -> None:
+        """Tells the gate how directories are after a change: the kernel asks for the attributes of the parent
+        before each next one (fs/fuse/dir.c fuse_perm_getattr)."""
+        while self._changed:
+            directory = self._changed.pop()
+            if self.nodes.get(directory.id) is directory and not directory.unlinked:
+                self.tell(directory)
+
+    def tell(self, directory: Directory) -> None:
+        try:
+            self.gate.tell_attributes(directory.id, self._directory_attributes(directory))
+        except OSError:
+            pass  # whoever asks gets the error
 
     def path(self, directory: Directory) -> bytes:
         """Path of a directory in the merged tree, from the root, without a leading slash. Raises

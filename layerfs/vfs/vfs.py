@@ -19,6 +19,7 @@ import trio
 
 from layerfs.fdutil import fd_path
 from layerfs.gate import Gate
+from layerfs.ids import NodeId
 from layerfs.overlay import override
 from layerfs.overlay.owners import Owners
 from layerfs.stack import Stack
@@ -33,13 +34,16 @@ from layerfs.vfs.hold import Hold
 from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.names import Names
 from layerfs.vfs.namespace import Namespace, New
-from layerfs.vfs.node import File, Node
+from layerfs.vfs.node import Directory, File, Node
 from layerfs.vfs.rename import Rename
+from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import Attributes, Tree, fail
 
 if TYPE_CHECKING:
     from layerfs.vfs.flatten import Flattened
 
+#: File capabilities (capabilities(7)).
+CAPABILITY = b"security.capability"
 #: As long as a link's target can be.
 PATH_MAX = 4096
 _F = TypeVar("_F", bound=Callable[..., Coroutine[Any, Any, Any]])
@@ -68,6 +72,7 @@ def _changes(*, opens: bool = False) -> Callable[[_F], _F]:
             try:
                 return await method(self, node, *args)
             finally:
+                self.tree.tell_changed()
                 self.hold.end(node, opens=opens)
 
         return held  # type: ignore[return-value]
@@ -101,10 +106,11 @@ class Vfs:
         self.tree = Tree(stack, upper, owners, gate)
         links = LinkIndex(self.tree, upper_was_empty=_is_empty(stack))
         self.tree.links = links
+        self.tally = Tally()
         self._writing: _Writing | None = None
         copyup = None
         if upper is not None:
-            copyup = CopyUp(self.tree, upper, links, nursery, metacopy=metacopy and redirect_dir)
+            copyup = CopyUp(self.tree, upper, links, nursery, self.tally, metacopy=metacopy and redirect_dir)
             names = Names(self.tree, upper, copyup)
             self._writing = _Writing(
                 upper,
@@ -113,8 +119,8 @@ class Vfs:
                 Rename(names, redirect_dir=redirect_dir),
                 AttributeChanges(self.tree, upper, copyup),
             )
-        self.files = Files(self.tree, upper, copyup)
-        self.hold = Hold(copyup.quiet if copyup is not None else _nothing)
+        self.files = Files(self.tree, upper, copyup, self.tally)
+        self.hold = Hold(copyup.quiet if copyup is not None else _nothing, gate)
 
     def _write(self) -> _Writing:
         if self._writing is None:
@@ -186,7 +192,11 @@ class Vfs:
         self.tree.forget(id, count)
 
     async def getattr(self, id: int) -> Attributes:
-        return await self.tree.attributes(self.tree.node(id))
+        node = self.tree.node(id)
+        attributes = await self.tree.attributes(node)
+        if isinstance(node, Directory):
+            self.tree.gate.tell_attributes(node.id, attributes)
+        return attributes
 
     async def readlink(self, id: int) -> bytes:
         node = self.tree.node(id)
@@ -235,6 +245,7 @@ class Vfs:
             self.tree.directory(parent), name, New(mode), kept, caller
         )
         handle = self.files.adopt(node, fd, flags, caller)
+        self.tree.gate.tell_no_capability(node.id)
         return handle, await self._born(node)
 
     @_changes(opens=True)
@@ -317,7 +328,12 @@ class Vfs:
 
     async def getxattr(self, id: int, name: bytes) -> bytes:
         self._check_xattrs()
-        return get_xattr(self.tree, self.tree.node(id), name)
+        try:
+            return get_xattr(self.tree, self.tree.node(id), name)
+        except OSError as error:
+            if error.errno == errno.ENODATA and name == CAPABILITY:
+                self.tree.gate.tell_no_capability(NodeId(id))
+            raise
 
     async def listxattr(self, id: int, caller: Caller) -> list[bytes]:
         self._check_xattrs()

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,21 +19,13 @@ import pytest
 from layerfs.fdutil import fs_magic
 from layerfs.runtime.mounts import FUSE_SUPER_MAGIC
 from tests.support import mounts
+from tests.support.processes import eventually
 from tests.support.stack import scratch_root
 
 USER = 65534
 PATIENCE = 20.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def eventually(true: Callable[[], object], patience: float = PATIENCE) -> bool:
-    deadline = time.monotonic() + patience
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 @dataclass

@@ -13,8 +13,9 @@ import pytest
 from layerfs.cli.mount_helper import parse_arguments
 from layerfs.errors import UsageError
 from tests.support import mounts
+from tests.support.processes import eventually
 
-from .conftest import USER, Box, eventually, helper_command
+from .conftest import USER, Box, helper_command
 
 # --- the command line, without mounting -----------------------------------------------------------
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import mounts
+from tests.support.processes import eventually
 
-from .conftest import Box, eventually, helper_command
+from .conftest import Box, helper_command
 
 Way = str
 WAYS = ["layerfs umount", "SIGTERM", "SIGINT", "umount", "fusermount3"]

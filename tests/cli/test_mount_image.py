@@ -14,8 +14,9 @@ import pytest
 from layerfs.oci.member import Kind, Member
 from tests.oci import members as m
 from tests.oci.images import make_image
+from tests.support.processes import eventually
 
-from .conftest import Box, eventually
+from .conftest import Box
 
 
 def image(box: Box, *layers: list[tuple[Member, bytes]], tag: str = "t") -> str:

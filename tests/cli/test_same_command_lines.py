@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.support import mounts
+from tests.support.processes import eventually
 from tests.support.tree import Snapshot, assert_equal, snapshot
 
-from .conftest import Box, eventually, helper_command
+from .conftest import Box, helper_command
 
 WRITABLE = "lowerdir={a}:{b},upperdir={u},workdir={w}"
 

@@ -8,13 +8,14 @@ import shutil
 import struct
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support import processes
 from tests.support.mounts import Layerfs
 from tests.support.stack import Stack, scratch_root
 
@@ -24,6 +25,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 #: What nobody ever waits for: reaching it means that something hangs.
 PATIENCE = 120.0
+eventually = partial(processes.eventually, patience=PATIENCE)
 
 
 @pytest.fixture(params=[pytest.param(1, id="1GiB"), pytest.param(4, id="4GiB", marks=pytest.mark.long)])
@@ -43,15 +45,6 @@ def valve(root: None, stack: Stack) -> Iterator[Valve]:
         pytest.skip(f"no loop device on a FUSE file here: {error}")
     yield made
     made.close()
-
-
-def eventually(true: Callable[[], object], patience: float = PATIENCE) -> bool:
-    deadline = time.monotonic() + patience
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True
 
 
 def real_data(path: Path, size: int) -> None:

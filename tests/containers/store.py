@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from tests.cli.conftest import helper_command
 from tests.support import mounts
+from tests.support.processes import eventually
 from tests.support.stack import scratch_root
 
 #: One command of podman or buildah, at the worst.
@@ -274,15 +275,6 @@ def _serves(pid: int) -> bool:
     except OSError:
         return False
     return b"lowerdir=" in words and b"podman" not in words
-
-
-def eventually(true: Any, patience: float = 20) -> bool:
-    deadline = time.monotonic() + patience
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 # --- layers as values -----------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.containers.store import Store, eventually
+from tests.containers.store import Store
 from tests.support import mounts
 from tests.support.mounts import Layerfs
+from tests.support.processes import eventually
 from tests.support.stack import Stack
 
 pytestmark = pytest.mark.root

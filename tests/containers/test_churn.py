@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.containers.store import Store, eventually
+from tests.containers.store import Store
 from tests.support import mounts
+from tests.support.processes import eventually
 
 CYCLES = max(10, int(os.environ.get("LAYERFS_CHURN", "25")))
 #: The long-lived mount is measured from here on: what is loaded once is loaded by then.

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.containers.conftest import MakeStore, base_tar
-from tests.containers.store import Store, assert_same_layers, eventually, read_layer, why_not
+from tests.containers.store import Store, assert_same_layers, read_layer, why_not
+from tests.support.processes import eventually
 from tests.support.tree import lowers_guard
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.containers.conftest import MakeStore, base_tar
-from tests.containers.store import Store, eventually, why_not
+from tests.containers.store import Store, why_not
 from tests.real.test_readme import matches
 from tests.support import mounts
+from tests.support.processes import eventually
 from tests.support.stack import Stack
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300), pytest.mark.usefixtures("subordinate_ids")]

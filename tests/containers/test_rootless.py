@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.containers.conftest import MakeStore, base_tar
-from tests.containers.store import Layer, Store, assert_same_layers, eventually, why_not
+from tests.containers.store import Layer, Store, assert_same_layers, why_not
 from tests.containers.test_buildah import SHORT
 from tests.containers.test_podman import CHANGES
 from tests.support import mounts
+from tests.support.processes import eventually
 from tests.support.stack import Stack
 from tests.support.tree import snapshot
 

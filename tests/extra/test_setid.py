@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from layerfs.fuse.adapter import KEEPS_SETID, Operations
+from layerfs.fuse.counters import Counters
 from layerfs.vfs.vfs import Caller, Change
 from tests.posix.calls import fallocate
 from tests.posix.place import forked
@@ -69,7 +70,7 @@ async def ask(k: Kernel, how: str, node: int, fh: int) -> None:
     if how == "write":
         # As the gate has it from the kernel.
         keeps = KEEPS_SETID if k.caller.uid == 0 else 0
-        operations = Operations(lambda name: None)
+        operations = Operations(lambda name: None, Counters())
         operations.vfs = k.vfs
         await operations.write(fh | keeps, 0, b"x")
     elif how == "truncate":

@@ -13,7 +13,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import pytest
 from layerfs.fdutil import RENAME_EXCHANGE, renameat2
 from tests.support import mounts
 from tests.support.mounts import Layerfs
+from tests.support.processes import spawn
 from tests.support.tree import assert_equal, snapshot
 
 from .conftest import CANARY_NAME, SECRET, Box, assert_alive, content, err, fill, names, walk
@@ -46,18 +46,13 @@ def within(m: Layerfs, call: Callable[[Path], object]) -> None:
     canary that the layers hold lead nowhere for the caller itself. Fails when it hangs, and then kills the
     daemon, since nothing else ends it.
     """
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.chroot(m.mnt)
-            os.chdir("/")
-            call(Path("/"))
-            code = 0
-        except BaseException as error:  # the parent shows nothing of it otherwise
-            print(f"in the child: {type(error).__name__}: {error}", file=sys.stderr)
-        finally:
-            os._exit(code)
+
+    def inside() -> None:
+        os.chroot(m.mnt)
+        os.chdir("/")
+        call(Path("/"))
+
+    child = spawn(inside)
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -452,19 +447,7 @@ def race(box: Box, m: Layerfs, roots: list[Path], seconds: float) -> None:
         while time.monotonic() < end and os.getppid() == parent:
             use(Path("/"))
 
-    children = []
-    for call in (attacker, worker, worker):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                call()
-                code = 0
-            except BaseException as error:
-                print(f"in the child: {type(error).__name__}: {error}", file=sys.stderr)
-            finally:
-                os._exit(code)
-        children.append(child)
+    children = [spawn(call) for call in (attacker, worker, worker)]
     deadline = time.monotonic() + seconds + PATIENCE
     failed = []
     for child in children:

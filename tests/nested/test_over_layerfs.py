@@ -59,6 +59,16 @@ def volume(where: Path) -> Iterator[Path]:
         mounts.umount(where)
 
 
+def split_stack(make_stack: type[Stack], store: Path, vol: Path) -> Stack:
+    """Lowers and mount point in the mount, at `store`; upper and work directory on a volume."""
+    stack = make_stack(n_lowers=0)
+    stack.lowers = [store / "low0", store / "low1"]
+    stack.upper, stack.work, stack.mnt = vol / "upper", vol / "work", store / "merged"
+    for path in (stack.upper, stack.work, stack.mnt):
+        path.mkdir()
+    return stack
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_lowers_in_the_mount_and_the_upper_on_a_volume(
     system: str, outer: Layerfs, make_stack: type[Stack]
@@ -69,11 +79,7 @@ def test_lowers_in_the_mount_and_the_upper_on_a_volume(
     work.plain(plain)
     store = outer.mnt / "store"
     with volume(store / "volume") as vol:
-        stack = make_stack(n_lowers=0)
-        stack.lowers = [store / "low0", store / "low1"]
-        stack.upper, stack.work, stack.mnt = vol / "upper", vol / "work", store / "merged"
-        for path in (stack.upper, stack.work, stack.mnt):
-            path.mkdir()
+        stack = split_stack(make_stack, store, vol)
         below = work.look(store / "low1")
         with SYSTEMS[system](stack) as m:
             work.work_in(plain.mnt, **HOW[system])
@@ -94,11 +100,7 @@ def test_fuse_overlayfs_inside(outer: Layerfs, make_stack: type[Stack]) -> None:
         pytest.skip(reason)
     store = outer.mnt / "store"
     with volume(store / "volume") as vol:
-        stack = make_stack(n_lowers=0)
-        stack.lowers = [store / "low0", store / "low1"]
-        stack.upper, stack.work, stack.mnt = vol / "upper", vol / "work", store / "merged"
-        for path in (stack.upper, stack.work, stack.mnt):
-            path.mkdir()
+        stack = split_stack(make_stack, store, vol)
         with FuseOverlayfs(stack) as m:
             work.write(m.mnt / "big", b"changed", 5000)
             os.unlink(m.mnt / "gone")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -14,9 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from layerfs.oci.image import CONFIG, MANIFEST, Descriptor, digest_of
 from layerfs.oci.layout import Layout
 from tests.support.stack import scratch_root
+
+needs_umoci = pytest.mark.skipif(not shutil.which("umoci"), reason="needs umoci")
+needs_skopeo = pytest.mark.skipif(not shutil.which("skopeo"), reason="needs skopeo")
+needs_buildah = pytest.mark.skipif(not shutil.which("buildah"), reason="needs buildah")
 
 PLAIN = "application/vnd.oci.image.layer.v1.tar"
 

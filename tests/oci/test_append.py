@@ -22,15 +22,20 @@ from layerfs.oci.cache import LayerCache
 from layerfs.oci.image import MAX_LAYERS, digest_of
 from layerfs.oci.references import open_image
 from layerfs.oci.streams import LayerSink, Written
-from tests.oci.images import PLAIN, Tools, blob, make_image, manifest_of, scratch_place, tar_of
+from tests.oci.images import (
+    PLAIN,
+    Tools,
+    blob,
+    make_image,
+    manifest_of,
+    scratch_place,
+    tar_of,
+)
 from tests.support.tree import assert_equal, snapshot
 
 BASE_LAYER = tar_of({"base": b"base"})
 DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
 
-needs_umoci = pytest.mark.skipif(not shutil.which("umoci"), reason="needs umoci")
-needs_skopeo = pytest.mark.skipif(not shutil.which("skopeo"), reason="needs skopeo")
-needs_buildah = pytest.mark.skipif(not shutil.which("buildah"), reason="needs buildah")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root (owners, mounts)")
 
 

@@ -16,11 +16,10 @@ import pytest
 from layerfs.errors import ImageError
 from layerfs.oci.image import Image, digest_of
 from layerfs.oci.references import open_image
-from tests.oci.images import Tools, config_of, make_image, scratch_place, tar_of
+from tests.oci.images import Tools, config_of, make_image, needs_skopeo, scratch_place, tar_of
 
 ONE, TWO = tar_of({"one": b"1" * 3000}), tar_of({"two": b"2"})
 
-needs_skopeo = pytest.mark.skipif(not shutil.which("skopeo"), reason="needs skopeo")
 needs_podman = pytest.mark.skipif(
     not shutil.which("podman") or os.geteuid() != 0, reason="needs podman, and root for its storage"
 )

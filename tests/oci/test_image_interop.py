@@ -15,16 +15,22 @@ import pytest
 from layerfs.oci.platforms import this_machine
 from layerfs.oci.references import open_image
 from tests.oci import members as m
-from tests.oci.images import Tools, make_image, manifest_of, run, scratch_place
+from tests.oci.images import (
+    Tools,
+    make_image,
+    manifest_of,
+    needs_buildah,
+    needs_skopeo,
+    needs_umoci,
+    run,
+    scratch_place,
+)
 from tests.oci.test_append import append, config_of, layerfs, upper_and_lower, write_layer
 from tests.oci.test_commit import Worker, populate
 from tests.support.mounts import why_no_layerfs
 from tests.support.tree import assert_equal, snapshot
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root (owners, mounts)")
-needs_umoci = pytest.mark.skipif(not shutil.which("umoci"), reason="needs umoci")
-needs_skopeo = pytest.mark.skipif(not shutil.which("skopeo"), reason="needs skopeo")
-needs_buildah = pytest.mark.skipif(not shutil.which("buildah"), reason="needs buildah")
 live = pytest.mark.skipif(bool(why_no_layerfs()), reason=str(why_no_layerfs()))
 
 

@@ -342,6 +342,17 @@ EVIL: dict[str, tuple[Callable[[Path], None], str]] = {
 TAKEN = {"image for another machine"}
 
 
+def refused_in_one_line(place: Path, reference: str, message: str) -> None:
+    """Nothing in `place` changes."""
+    before = snapshot(place)
+    with pytest.raises(LayerError) as refused:
+        read_all(open_image(reference))
+    assert message in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+    assert str(refused.value).isprintable()
+    assert_equal(before, snapshot(place), labels=("before", "after"))
+
+
 @pytest.mark.parametrize("name", EVIL)
 def test_refused_in_one_line(place: Path, name: str) -> None:
     damage, message = EVIL[name]
@@ -351,13 +362,7 @@ def test_refused_in_one_line(place: Path, name: str) -> None:
     if name in TAKEN:
         read_all(open_image(f"{layout}:t"))
         return
-    before = snapshot(place)
-    with pytest.raises(LayerError) as refused:
-        read_all(open_image(f"{layout}:t"))
-    assert message in str(refused.value)
-    assert len(str(refused.value).splitlines()) == 1
-    assert str(refused.value).isprintable()
-    assert_equal(before, snapshot(place), labels=("before", "after"))
+    refused_in_one_line(place, f"{layout}:t", message)
 
 
 @pytest.mark.parametrize("name", [name for name in EVIL if name not in TAKEN])

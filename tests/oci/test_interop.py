@@ -18,13 +18,12 @@ import pytest
 from layerfs.oci.commit import CommitOptions, Summary, output_file, write_layer
 from layerfs.overlay.names import TRUSTED, XattrNames
 from layerfs.stack import Stack
+from tests.oci.images import needs_skopeo, needs_umoci
 from tests.oci.test_commit import apply
 from tests.support.stack import scratch_root
 from tests.support.tree import Snapshot, assert_equal, snapshot
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root (owners, devices)")
-needs_umoci = pytest.mark.skipif(not shutil.which("umoci"), reason="needs umoci")
-needs_skopeo = pytest.mark.skipif(not shutil.which("skopeo"), reason="needs skopeo")
 
 _ACL = bytes.fromhex(
     "02000000 01000600ffffffff 0200040039300000 04000400ffffffff 10000400ffffffff 20000400ffffffff".replace(

@@ -13,7 +13,7 @@ import pytest
 
 from layerfs.oci.cache import LayerCache
 from layerfs.oci.references import open_image
-from tests.oci.images import Tools, run, scratch_place
+from tests.oci.images import Tools, needs_buildah, needs_skopeo, run, scratch_place
 from tests.oci.test_interop import make_layers, make_layout, rich_tree
 from tests.support import mounts
 from tests.support.tree import Snapshot, assert_equal, snapshot
@@ -23,8 +23,6 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("umoci"), reason="needs umoci"),
     pytest.mark.skipif(bool(mounts.why_no_fuse()), reason="needs FUSE"),
 ]
-needs_skopeo = pytest.mark.skipif(not shutil.which("skopeo"), reason="needs skopeo")
-needs_buildah = pytest.mark.skipif(not shutil.which("buildah"), reason="needs buildah")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import os
 import socket
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from layerfs.overlay.override import CONTAINERS, FUSE_OVERLAYFS, PRIVILEGED
 from tests.overlay import work
 from tests.support import mounts
 from tests.support.mounts import FuseOverlayfs, Layerfs
+from tests.support.processes import spawn
 from tests.support.stack import Stack
 from tests.support.tree import Snapshot, assert_equal, snapshot
 
@@ -232,7 +233,7 @@ def test_as_a_plain_directory(root: None, make_stack: type[Stack], option: int) 
         assert_equal(look(plain.mnt), look(m.mnt), labels=("plain", "layerfs"), ignore=["mtime_ns"])
         for where in (plain.mnt, m.mnt):
             work.work_in(where)
-            in_child(lambda where=where: kinds_of_objects(where))  # type: ignore[misc]
+            assert os.waitpid(spawn(lambda where=where: kinds_of_objects(where)), 0)[1] == 0  # type: ignore[misc]
 
         def same(message: str) -> None:
             ignore = ["mtime_ns"]
@@ -250,20 +251,6 @@ def test_as_a_plain_directory(root: None, make_stack: type[Stack], option: int) 
     again.lowers = [stack.upper, *stack.lowers]
     with Layerfs(again) as m:
         same("as a lower")
-
-
-def in_child(call: Callable[[], object]) -> None:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            call()
-            code = 0
-        except OSError as error:
-            print(error)
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_links_kept_as_files(root: None, make_stack: type[Stack]) -> None:

@@ -11,7 +11,6 @@ import signal
 import stat
 import struct
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 
 from tests.support import mounts
 from tests.support.mounts import FuseOverlayfs, Layerfs
+from tests.support.processes import spawn
 from tests.support.stack import Stack
 from tests.support.tree import assert_equal, snapshot
 
@@ -104,23 +104,17 @@ def idmapped(source: Path, target: Path, child: int) -> Iterator[None]:
 def as_root_of(child: int, call: Callable[[], object]) -> None:
     """Runs `call` as root of the namespace of `child`. Fails when it does."""
     space = os.open(f"/proc/{child}/ns/user", os.O_RDONLY)
-    worker = os.fork()
-    if worker == 0:
-        code = 1
-        try:
-            if _libc.setns(space, _CLONE_NEWUSER):
-                raise OSError(ctypes.get_errno(), "setns")
-            os.setgroups([])
-            os.setresgid(0, 0, 0)
-            os.setresuid(0, 0, 0)
-            call()
-            code = 0
-        except BaseException as error:
-            print(f"in the namespace: {type(error).__name__}: {error}", file=sys.stderr)
-        finally:
-            os._exit(code)
+
+    def inside() -> None:
+        if _libc.setns(space, _CLONE_NEWUSER):
+            raise OSError(ctypes.get_errno(), "setns")
+        os.setgroups([])
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+        call()
+
+    _, status = os.waitpid(spawn(inside), 0)
     os.close(space)
-    _, status = os.waitpid(worker, 0)
     assert status == 0
 
 

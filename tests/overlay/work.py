@@ -19,9 +19,13 @@ ACL = bytes.fromhex(
     "0200000001000600ffffffff020006000500000004000400ffffffff10000600ffffffff20000400ffffffff"
 )
 
+#: Names that `work_in` changes and leaves where they are: they are the same objects as before, by number.
+KEEP_NUMBER = (b"big", b"big-chmod", b"dir", b"dir/f", b"symlink", b"fifo", b"link-a")
+
 __all__ = [
     "ACL",
     "BIG",
+    "KEEP_NUMBER",
     "TREE",
     "Node",
     "Symlink",

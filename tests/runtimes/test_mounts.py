@@ -8,7 +8,6 @@ import ctypes
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 from tests.support import mounts
 from tests.support.mounts import PATIENCE, Layerfs, layerfs_command
+from tests.support.processes import eventually
 from tests.support.stack import Stack
 
 from . import runtimes
@@ -25,15 +25,6 @@ from .runtimes import find, make_bundle, run_here
 Make = Callable[..., Layerfs]
 _MS_SHARED = 1 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def until(true: Callable[[], object]) -> bool:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def mounted_for(pid: int, path: Path) -> list[str]:
@@ -136,7 +127,7 @@ def test_life_of_a_container(end: str, make_mount: Make) -> None:
         made = subprocess.run(create, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=60)
         assert made.returncode == 0, os.pread(log, 4096, 0)
         assert say("start", name).returncode == 0
-        assert until((m.mnt / "run" / "up").exists)
+        assert eventually((m.mnt / "run" / "up").exists)
         (m.mnt / "etc" / "from-outside").write_text("outside\n")
         done = say("exec", name, "/bin/sh", "-c", "cat /etc/from-outside; echo inside >/etc/from-inside")
         assert (done.returncode, done.stdout) == (0, "outside\n"), done
@@ -149,7 +140,7 @@ def test_life_of_a_container(end: str, make_mount: Make) -> None:
             m.kill(signal.SIGKILL)
             assert say("exec", name, "/bin/ls", "/").returncode != 0
             say("kill", name, "KILL")
-        assert until(lambda: '"status": "stopped"' in say("state", name).stdout)
+        assert eventually(lambda: '"status": "stopped"' in say("state", name).stdout)
         assert say("delete", name).returncode == 0
         assert say("list", "--quiet").stdout == ""
     finally:

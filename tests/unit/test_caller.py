@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from layerfs.vfs.caller import Caller
+from tests.support.processes import eventually
 
 
 def _caller(pid: int) -> Caller:
@@ -31,7 +31,7 @@ def held(setup: str = "") -> Iterator[int]:
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     os.kill(process.pid, signal.SIGSTOP)
-    _until(lambda: "T" in _state(process.pid))
+    assert eventually(lambda: "T" in _state(process.pid))
     try:
         yield process.pid
     finally:
@@ -43,13 +43,6 @@ def held(setup: str = "") -> Iterator[int]:
 def _state(pid: int) -> str:
     with open(f"/proc/{pid}/stat") as file:
         return file.read().rsplit(")", 1)[1].split()[0]
-
-
-def _until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_nothing_pending() -> None:

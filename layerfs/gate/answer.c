@@ -1,0 +1,687 @@
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/fuse.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/statvfs.h>
+#include <sys/sysmacros.h>
+#include <sys/uio.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+
+/* Seconds the kernel may keep what it was told: only layerfs changes the tree, through that kernel. */
+#define FOR_EVER 100000000
+/* What a listing's reply may take; the kernel asks for less. */
+#define LISTING_MAX (256 << 10)
+#define DOTS 2
+/* Bytes of a WRITE that is done in place. */
+#define WRITE_MAX (64 << 10)
+
+/* Not in the headers of older distributions. */
+#define OPCODE_STATX 52
+#define OPCODE_COPY_FILE_RANGE_64 53
+#define OPCODE_TMPFILE 51
+
+bool gate_init(struct gate *gate, uint32_t descriptors, uint64_t resolve)
+{
+	memset(gate, 0, sizeof(*gate));
+	gate->device = gate->statfs = -1;
+	gate->files.limit = descriptors;
+	return facts_init(&gate->facts, descriptors / 4, resolve);
+}
+
+static void free_listing(struct listing *listing)
+{
+	if (listing)
+		free(listing->order);
+	free(listing);
+}
+
+void gate_free(struct gate *gate)
+{
+	for (size_t at = 0; gate->listings.slots && at <= gate->listings.mask; at++)
+		free_listing(gate->listings.slots[at].value);
+	for (size_t at = 0; gate->told.slots && at <= gate->told.mask; at++)
+		free(gate->told.slots[at].value);
+	map_free(&gate->told);
+	for (size_t at = 0; gate->lent.slots && at <= gate->lent.mask; at++)
+		if (gate->lent.slots[at].key) {
+			struct lent *lent = gate->lent.slots[at].value;
+
+			close(lent->fd);
+			free(lent);
+		}
+	map_free(&gate->lent);
+	map_free(&gate->listings);
+	map_free(&gate->asked);
+	files_free(&gate->files);
+	facts_free(&gate->facts);
+	free(gate->reply);
+	if (gate->device >= 0)
+		close(gate->device);
+	memset(gate, 0, sizeof(*gate));
+}
+
+struct told *gate_tell(struct gate *gate, uint64_t id)
+{
+	struct told *told = map_get(&gate->told, id);
+
+	if (told)
+		return told;
+	told = calloc(1, sizeof(*told));
+	if (told && !map_put(&gate->told, id, told)) {
+		free(told);
+		return NULL;
+	}
+	return told;
+}
+
+void gate_untell(struct gate *gate, uint64_t id)
+{
+	free(map_take(&gate->told, id));
+}
+
+bool gate_lend(struct gate *gate, uint64_t handle, int fd, bool writes)
+{
+	struct lent *lent = map_get(&gate->lent, handle);
+
+	if (lent) {
+		/* The number stays: a reader's thread may be about to use it. */
+		lent->writes = writes;
+		return dup3(fd, lent->fd, O_CLOEXEC) >= 0;
+	}
+	if (gate->lent.used + gate->files.open >= gate->files.limit)
+		return false;
+	lent = malloc(sizeof(*lent));
+	if (!lent)
+		return false;
+	*lent = (struct lent){fcntl(fd, F_DUPFD_CLOEXEC, 3), writes};
+	if (lent->fd >= 0 && map_put(&gate->lent, handle, lent))
+		return true;
+	if (lent->fd >= 0)
+		close(lent->fd);
+	free(lent);
+	return false;
+}
+
+void gate_take_back(struct gate *gate, uint64_t handle)
+{
+	struct lent *lent = map_take(&gate->lent, handle);
+
+	if (lent)
+		close(lent->fd);
+	free(lent);
+}
+
+/* -- replies -------------------------------------------------------------------------------------------------------- */
+
+int gate_reply(int device, uint64_t unique, int error, const void *payload, size_t size)
+{
+	struct fuse_out_header header = {
+		.len = (uint32_t)(sizeof(header) + (error ? 0 : size)), .error = -error, .unique = unique};
+	struct iovec parts[2] = {{&header, sizeof(header)}, {(void *)payload, size}};
+
+	return writev(device, parts, error || !size ? 1 : 2) < 0 ? -errno : 0;
+}
+
+static enum verdict reply(struct gate *gate, const struct fuse_in_header *in, int error, const void *payload,
+			  size_t size)
+{
+	gate_reply(gate->device, in->unique, error, payload, size);
+	return ANSWERED;
+}
+
+static void fill(struct fuse_attr *attr, const struct stat *st, uint64_t id)
+{
+	*attr = (struct fuse_attr){
+		.ino = id,
+		.size = (uint64_t)st->st_size,
+		.blocks = (uint64_t)st->st_blocks,
+		.atime = (uint64_t)st->st_atim.tv_sec,
+		.mtime = (uint64_t)st->st_mtim.tv_sec,
+		.ctime = (uint64_t)st->st_ctim.tv_sec,
+		.atimensec = (uint32_t)st->st_atim.tv_nsec,
+		.mtimensec = (uint32_t)st->st_mtim.tv_nsec,
+		.ctimensec = (uint32_t)st->st_ctim.tv_nsec,
+		.mode = st->st_mode,
+		.nlink = (uint32_t)st->st_nlink,
+		.uid = st->st_uid,
+		.gid = st->st_gid,
+		.rdev = (uint32_t)st->st_rdev,
+		.blksize = (uint32_t)st->st_blksize,
+	};
+}
+
+static struct fuse_entry_out entry_of(const struct stat *st, uint64_t id)
+{
+	struct fuse_entry_out out = {.nodeid = id, .entry_valid = FOR_EVER, .attr_valid = FOR_EVER};
+
+	fill(&out.attr, st, id);
+	return out;
+}
+
+/* -- looking -------------------------------------------------------------------------------------------------------- */
+
+static enum verdict lookup(struct gate *gate, const struct fuse_in_header *in, const char *body, size_t size)
+{
+	struct directory *directory = facts_directory(&gate->facts, in->nodeid);
+	size_t length = strnlen(body, size);
+	struct fuse_entry_out out;
+	struct known *known;
+	struct stat st;
+	int64_t found;
+
+	if (!directory || length == size || length > 255)
+		return PASSED;
+	found = facts_find(&gate->facts, directory, body, length);
+	if (found < 0) {
+		if (body[0] == '.' && (!body[1] || (body[1] == '.' && !body[2])))
+			return PASSED;
+		out = (struct fuse_entry_out){.entry_valid = FOR_EVER};
+		return reply(gate, in, 0, &out, sizeof(out));
+	}
+	if (!facts_stat(&gate->facts, directory, (uint32_t)found, &st))
+		return PASSED;
+	known = facts_know(&gate->facts, directory, (uint32_t)found);
+	if (!known)
+		return PASSED;
+	known->lookups++;
+	out = entry_of(&st, known->id);
+	/* Nobody waits for it any more: the kernel has not got the object. */
+	if (gate_reply(gate->device, in->unique, 0, &out, sizeof(out)))
+		facts_unknow(&gate->facts, known, 1);
+	return ANSWERED;
+}
+
+static enum verdict getattr(struct gate *gate, const struct fuse_in_header *in)
+{
+	struct known *known = map_get(&gate->facts.known, in->nodeid);
+	struct told *told = known ? NULL : map_get(&gate->told, in->nodeid);
+	struct fuse_attr_out out = {.attr_valid = FOR_EVER};
+	struct stat st;
+
+	if (told && told->has_attributes) {
+		fill(&out.attr, &told->attributes, in->nodeid);
+		return reply(gate, in, 0, &out, sizeof(out));
+	}
+	if (!known || !facts_stat(&gate->facts, known->directory, known->name, &st))
+		return PASSED;
+	fill(&out.attr, &st, known->id);
+	return reply(gate, in, 0, &out, sizeof(out));
+}
+
+static void forget(struct gate *gate, struct known *known, uint64_t count)
+{
+	uint64_t directory = known->directory->id;
+
+	if (facts_unknow(&gate->facts, known, count) && gate->let_go)
+		gate->let_go(directory);
+}
+
+static enum verdict forget_one(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
+{
+	struct known *known = map_get(&gate->facts.known, in->nodeid);
+	struct fuse_forget_in arg;
+
+	if (!known || size < sizeof(arg))
+		return PASSED;
+	memcpy(&arg, body, sizeof(arg));
+	forget(gate, known, arg.nlookup);
+	return ANSWERED;
+}
+
+/* Those that Python knows stay in the frame. */
+static enum verdict forget_many(struct gate *gate, struct fuse_in_header *in, char *body, size_t *frame_size)
+{
+	struct fuse_batch_forget_in arg;
+	struct fuse_forget_one one;
+	size_t size = *frame_size - sizeof(*in), kept = 0;
+	char *ones = body + sizeof(arg);
+
+	if (size < sizeof(arg))
+		return PASSED;
+	memcpy(&arg, body, sizeof(arg));
+	if (arg.count > (size - sizeof(arg)) / sizeof(one))
+		return PASSED;
+	for (uint32_t at = 0; at < arg.count; at++) {
+		struct known *known;
+
+		memcpy(&one, ones + at * sizeof(one), sizeof(one));
+		known = map_get(&gate->facts.known, one.nodeid);
+		if (known)
+			forget(gate, known, one.nlookup);
+		else
+			memmove(ones + kept++ * sizeof(one), &one, sizeof(one));
+	}
+	if (!kept)
+		return ANSWERED;
+	arg.count = (uint32_t)kept;
+	memcpy(body, &arg, sizeof(arg));
+	*frame_size = sizeof(*in) + sizeof(arg) + kept * sizeof(one);
+	in->len = (uint32_t)*frame_size;
+	return PASSED;
+}
+
+/* The name of a known object and a descriptor of its directory; -1: ask Python. */
+static int place_of(struct gate *gate, const struct known *known, char text[256])
+{
+	struct directory *directory = known->directory;
+	const struct name *name = &directory->names[known->name];
+
+	memcpy(text, directory->text + name->text, name->length);
+	text[name->length] = '\0';
+	return facts_open_home(&gate->facts, &directory->homes[name->home]);
+}
+
+static enum verdict readlink_of(struct gate *gate, const struct fuse_in_header *in)
+{
+	struct known *known = map_get(&gate->facts.known, in->nodeid);
+	char text[256], target[PATH_MAX];
+	ssize_t length;
+	int fd;
+
+	if (!known || (fd = place_of(gate, known, text)) < 0)
+		return PASSED;
+	length = readlinkat(fd, text, target, sizeof(target));
+	if (length <= 0 || length == sizeof(target))
+		return PASSED;
+	return reply(gate, in, 0, target, (size_t)length);
+}
+
+/* The kernel does before the first write to a file. */
+static bool asks_for_capability(const struct gate *gate, const struct fuse_in_header *in, const char *body, size_t size)
+{
+	static const char name[] = "security.capability";
+	const struct told *told = map_get(&gate->told, in->nodeid);
+
+	return told && told->no_capability && size >= sizeof(struct fuse_getxattr_in) + sizeof(name) &&
+	       !memcmp(body + sizeof(struct fuse_getxattr_in), name, sizeof(name));
+}
+
+static enum verdict xattr(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
+{
+	struct known *known = map_get(&gate->facts.known, in->nodeid);
+	struct fuse_getxattr_in arg;
+	struct fuse_getxattr_out out = {0};
+	char text[256];
+	int fd;
+
+	if (in->opcode == FUSE_GETXATTR && asks_for_capability(gate, in, body, size))
+		return reply(gate, in, ENODATA, NULL, 0);
+	if (!gate->xattrs || !known || size < sizeof(arg) || (fd = place_of(gate, known, text)) < 0)
+		return PASSED;
+	if (!facts_bare(fd, text))
+		return PASSED;
+	memcpy(&arg, body, sizeof(arg));
+	if (in->opcode == FUSE_GETXATTR)
+		return reply(gate, in, ENODATA, NULL, 0);
+	return reply(gate, in, 0, &out, arg.size ? 0 : sizeof(out));
+}
+
+static enum verdict statfs(struct gate *gate, const struct fuse_in_header *in)
+{
+	struct fuse_statfs_out out = {0};
+	struct statvfs st;
+
+	if (gate->statfs < 0 || fstatvfs(gate->statfs, &st))
+		return PASSED;
+	out.st = (struct fuse_kstatfs){
+		.blocks = st.f_blocks,
+		.bfree = st.f_bfree,
+		.bavail = st.f_bavail,
+		.files = st.f_files,
+		.ffree = st.f_ffree,
+		.bsize = (uint32_t)st.f_bsize,
+		.frsize = (uint32_t)st.f_frsize,
+		.namelen = 255,
+	};
+	return reply(gate, in, 0, &out, sizeof(out));
+}
+
+/* -- listing -------------------------------------------------------------------------------------------------------- */
+
+bool gate_list(struct gate *gate, uint64_t handle, uint64_t directory, uint64_t parent, uint32_t *order, uint32_t count,
+	       bool fresh)
+{
+	struct listing *listing = malloc(sizeof(*listing));
+
+	gate_unlist(gate, handle);
+	if (!listing)
+		return false;
+	*listing = (struct listing){directory, parent, order, count, fresh};
+	if (map_put(&gate->listings, handle, listing))
+		return true;
+	free(listing);
+	return false;
+}
+
+void gate_unlist(struct gate *gate, uint64_t handle)
+{
+	free_listing(map_take(&gate->listings, handle));
+}
+
+static bool add(char *room, size_t size, size_t *used, const char *text, size_t length, uint64_t next, uint32_t type,
+		uint64_t ino, const struct fuse_entry_out *entry)
+{
+	struct fuse_direntplus item = {.dirent = {.ino = ino, .off = next, .namelen = (uint32_t)length, .type = type}};
+	size_t whole = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + length);
+
+	if (size - *used < whole)
+		return false;
+	/* Without a node id it is a name and a type alone; `.` and `..` are always that. */
+	if (entry)
+		item.entry_out = *entry;
+	memset(room + *used, 0, whole);
+	memcpy(room + *used, &item, FUSE_NAME_OFFSET_DIRENTPLUS);
+	memcpy(room + *used + FUSE_NAME_OFFSET_DIRENTPLUS, text, length);
+	*used += whole;
+	return true;
+}
+
+/* As many names as fit, up to one that only Python knows. Offset 0 is `.`, 1 `..`, 2 the first name. */
+static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
+{
+	struct fuse_read_in arg;
+	struct listing *listing;
+	struct directory *directory;
+	size_t used = 0, room;
+	uint64_t at;
+
+	if (size < sizeof(arg))
+		return PASSED;
+	memcpy(&arg, body, sizeof(arg));
+	listing = map_get(&gate->listings, arg.fh);
+	if (!listing || !(directory = facts_directory(&gate->facts, listing->directory)))
+		return PASSED;
+	if (arg.offset == 0 && !listing->fresh)
+		return PASSED; /* rewinddir(3): Python looks again and lists anew */
+	room = arg.size < LISTING_MAX ? arg.size : LISTING_MAX;
+	if (gate->reply_size < room) {
+		char *larger = realloc(gate->reply, room);
+
+		if (!larger)
+			return PASSED;
+		gate->reply = larger;
+		gate->reply_size = room;
+	}
+	for (at = arg.offset; at < (uint64_t)listing->count + DOTS; at++) {
+		const struct name *name;
+		struct fuse_entry_out entry;
+		struct known *known;
+		struct stat st;
+
+		if (at < DOTS) {
+			uint64_t ino = at == 0 ? listing->directory : listing->parent;
+
+			if (!add(gate->reply, room, &used, "..", at + 1, at + 1, S_IFDIR >> 12, ino, NULL))
+				break;
+			continue;
+		}
+		name = &directory->names[listing->order[at - DOTS]];
+		if (room - used < FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + name->length))
+			break;
+		if (!facts_stat(&gate->facts, directory, listing->order[at - DOTS], &st) ||
+		    !(known = facts_know(&gate->facts, directory, listing->order[at - DOTS]))) {
+			if (used)
+				break;
+			return PASSED;
+		}
+		entry = entry_of(&st, known->id);
+		add(gate->reply, room, &used, directory->text + name->text, name->length, at + 1, st.st_mode >> 12,
+		    known->id, &entry);
+		known->lookups++;
+	}
+	if (arg.offset == 0)
+		listing->fresh = false;
+	if (!gate_reply(gate->device, in->unique, 0, gate->reply, used))
+		return ANSWERED;
+	/* It did not arrive: nothing of it is known. */
+	for (size_t offset = 0; offset < used;) {
+		struct fuse_direntplus item;
+		struct known *known;
+
+		memcpy(&item, gate->reply + offset, FUSE_NAME_OFFSET_DIRENTPLUS);
+		known = map_get(&gate->facts.known, item.entry_out.nodeid);
+		if (item.entry_out.nodeid && known)
+			facts_unknow(&gate->facts, known, 1);
+		offset += FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + item.dirent.namelen);
+	}
+	return ANSWERED;
+}
+
+/* -- data ----------------------------------------------------------------------------------------------------------- */
+
+static enum verdict open_file(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
+{
+	struct known *known = map_get(&gate->facts.known, in->nodeid);
+	struct fuse_open_in arg;
+	struct fuse_open_out out = {.open_flags = FOPEN_KEEP_CACHE};
+	struct stat st;
+	char text[256];
+	int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
+	int home, fd;
+
+	if (!known || size < sizeof(arg))
+		return PASSED;
+	memcpy(&arg, body, sizeof(arg));
+	if ((arg.flags & O_ACCMODE) != O_RDONLY || arg.flags & O_TRUNC)
+		return PASSED;
+	if (!facts_stat(&gate->facts, known->directory, known->name, &st) || !S_ISREG(st.st_mode))
+		return PASSED;
+	if ((home = place_of(gate, known, text)) < 0)
+		return PASSED;
+	fd = openat(home, text, flags | O_NOATIME);
+	if (fd < 0 && errno == EPERM)
+		fd = openat(home, text, flags);
+	if (fd < 0)
+		return PASSED;
+	/* Data of a file with the metacopy mark lie elsewhere; and it may be another file by now. */
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode) || (known->id & ((UINT64_C(1) << 48) - 1)) != st.st_ino ||
+	    flistxattr(fd, NULL, 0) != 0 || !(out.fh = files_add(&gate->files, known->id, fd))) {
+		close(fd);
+		return PASSED;
+	}
+	if (gate_reply(gate->device, in->unique, 0, &out, sizeof(out)))
+		files_close(&gate->files, out.fh);
+	return ANSWERED;
+}
+
+static enum verdict read_file(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
+{
+	struct fuse_read_in arg;
+	struct file *file;
+	struct lent *lent;
+	struct stat st;
+	struct iovec part;
+	ssize_t got;
+	int fd;
+
+	if (size < sizeof(arg))
+		return PASSED;
+	memcpy(&arg, body, sizeof(arg));
+	if (arg.fh & NATIVE_HANDLE) {
+		file = files_get(&gate->files, arg.fh);
+		if (!file)
+			return reply(gate, in, EBADF, NULL, 0);
+		fd = file->fd;
+	} else {
+		lent = map_get(&gate->lent, arg.fh);
+		if (!lent)
+			return PASSED;
+		fd = lent->fd;
+	}
+	if (gate->reply_size < arg.size) {
+		char *larger = realloc(gate->reply, arg.size);
+
+		if (!larger)
+			return reply(gate, in, ENOMEM, NULL, 0);
+		gate->reply = larger;
+		gate->reply_size = arg.size;
+	}
+	part = (struct iovec){gate->reply, arg.size};
+	got = preadv2(fd, &part, 1, (off_t)arg.offset, RWF_NOWAIT);
+	if (got >= 0 && ((uint32_t)got == arg.size ||
+			 (!fstat(fd, &st) && (off_t)(arg.offset + (uint64_t)got) >= st.st_size))) {
+		gate->bytes_read += (size_t)got;
+		return reply(gate, in, 0, gate->reply, (size_t)got);
+	}
+	if (got < 0 && errno != EAGAIN && errno != EOPNOTSUPP)
+		return reply(gate, in, errno, NULL, 0);
+	if (!reader_read(gate->device, in->unique, fd, arg.offset, arg.size))
+		return reply(gate, in, ENOMEM, NULL, 0);
+	gate->bytes_read += arg.size; /* fewer at the end of the file */
+	return ANSWERED;
+}
+
+/* libfuse hands on no write_flags: the handle says what they would. */
+static enum verdict pass_write(const struct gate *gate, struct fuse_write_in *arg, char *body)
+{
+	bool told = gate->init_flags & gate->extra_init_flags & FUSE_HANDLE_KILLPRIV_V2;
+
+	if (told && !(arg->write_flags & FUSE_WRITE_KILL_SUIDGID)) {
+		arg->fh |= KEEPS_SETID;
+		memcpy(body, arg, sizeof(*arg));
+	}
+	return PASSED;
+}
+
+/* What goes into the page cache at once; larger ones, and whatever does not go through smoothly, are Python's, which has
+ * threads for them and remembers what an fsync has to tell. */
+static enum verdict write_file(struct gate *gate, const struct fuse_in_header *in, char *body, size_t size)
+{
+	struct fuse_write_in arg;
+	struct fuse_write_out out = {0};
+	struct lent *lent;
+
+	if (size < sizeof(arg))
+		return PASSED;
+	memcpy(&arg, body, sizeof(arg));
+	lent = gate->holds_writes ? NULL : map_get(&gate->lent, arg.fh);
+	if (!lent || !lent->writes || arg.size > WRITE_MAX || size - sizeof(arg) < arg.size)
+		return pass_write(gate, &arg, body);
+	if (pwrite(lent->fd, body + sizeof(arg), arg.size, (off_t)arg.offset) != (ssize_t)arg.size)
+		return pass_write(gate, &arg, body);
+	gate->bytes_written += arg.size;
+	out.size = arg.size;
+	return reply(gate, in, 0, &out, sizeof(out));
+}
+
+static enum verdict release(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
+{
+	struct fuse_release_in arg;
+
+	if (size < sizeof(arg))
+		return PASSED;
+	memcpy(&arg, body, sizeof(arg));
+	if (in->opcode == FUSE_RELEASEDIR)
+		gate_unlist(gate, arg.fh);
+	if (!(arg.fh & NATIVE_HANDLE))
+		return PASSED;
+	files_close(&gate->files, arg.fh);
+	return reply(gate, in, 0, NULL, 0);
+}
+
+/* FSYNC, FLUSH, LSEEK of a file that was opened here. FLUSH and FSYNC have nothing to do: what was written was written
+ * through other handles. */
+static enum verdict on_file(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
+{
+	struct fuse_lseek_in seek;
+	struct fuse_lseek_out out;
+	struct file *file;
+	uint64_t handle;
+	off_t offset;
+
+	if (size < sizeof(handle))
+		return PASSED;
+	memcpy(&handle, body, sizeof(handle));
+	if (!(handle & NATIVE_HANDLE))
+		return in->opcode == FUSE_LSEEK ? CARRIED : PASSED;
+	file = files_get(&gate->files, handle);
+	if (!file)
+		return reply(gate, in, EBADF, NULL, 0);
+	if (in->opcode == FUSE_FLUSH)
+		return reply(gate, in, ENOSYS, NULL, 0);
+	if (in->opcode == FUSE_FSYNC) /* Python knows whether the file lies in the upper by now */
+		return map_has(&gate->facts.known, file->node) || !gate->carries ? reply(gate, in, 0, NULL, 0) : CARRIED;
+	if (size < sizeof(seek))
+		return reply(gate, in, EINVAL, NULL, 0);
+	memcpy(&seek, body, sizeof(seek));
+	offset = lseek(file->fd, (off_t)seek.offset, (int)seek.whence);
+	if (offset < 0)
+		return reply(gate, in, errno, NULL, 0);
+	out.offset = (uint64_t)offset;
+	return reply(gate, in, 0, &out, sizeof(out));
+}
+
+/* -- all ------------------------------------------------------------------------------------------------------------ */
+
+static enum verdict decide(struct gate *gate, struct fuse_in_header *in, char *body, size_t *frame_size)
+{
+	size_t size = *frame_size - sizeof(*in);
+
+	switch (in->opcode) {
+	case FUSE_LOOKUP:
+		return lookup(gate, in, body, size);
+	case FUSE_GETATTR:
+		return getattr(gate, in);
+	case FUSE_FORGET:
+		return forget_one(gate, in, body, size);
+	case FUSE_BATCH_FORGET:
+		return forget_many(gate, in, body, frame_size);
+	case FUSE_READLINK:
+		return readlink_of(gate, in);
+	case FUSE_GETXATTR:
+	case FUSE_LISTXATTR:
+		return xattr(gate, in, body, size);
+	case FUSE_STATFS:
+		return statfs(gate, in);
+	case FUSE_READDIRPLUS:
+		return readdirplus(gate, in, body, size);
+	case FUSE_OPEN:
+		return open_file(gate, in, body, size);
+	case FUSE_READ:
+		return read_file(gate, in, body, size);
+	case FUSE_WRITE:
+		return write_file(gate, in, body, size);
+	case FUSE_RELEASE:
+	case FUSE_RELEASEDIR:
+		return release(gate, in, body, size);
+	case FUSE_FSYNC:
+	case FUSE_FLUSH:
+	case FUSE_LSEEK:
+		return on_file(gate, in, body, size);
+	case FUSE_IOCTL:
+	case FUSE_FALLOCATE:
+	case FUSE_COPY_FILE_RANGE:
+	case OPCODE_TMPFILE:
+	case OPCODE_STATX:
+	case OPCODE_COPY_FILE_RANGE_64:
+		return CARRIED;
+	default:
+		return PASSED;
+	}
+}
+
+enum verdict gate_answer(struct gate *gate, void *frame, size_t *size)
+{
+	struct fuse_in_header in;
+	enum verdict verdict;
+	uint32_t opcode;
+
+	if (*size < sizeof(in))
+		return PASSED; /* libfuse says so */
+	memcpy(&in, frame, sizeof(in));
+	opcode = in.opcode < OPCODES ? in.opcode : 0;
+	verdict = decide(gate, &in, (char *)frame + sizeof(in), size);
+	if (verdict == PASSED)
+		memcpy(frame, &in, sizeof(in)); /* it may have become shorter */
+	if (verdict == CARRIED && !gate->carries)
+		verdict = reply(gate, &in, ENOSYS, NULL, 0);
+	++*(verdict == ANSWERED ? &gate->natively[opcode] : &gate->passed[opcode]);
+	return verdict;
+}

@@ -1,0 +1,236 @@
+/*
+ * The gate's C core: facts that vfs published, and answers made of them.
+ *
+ * One thread (pyfuse3's) calls everything here, so nothing is locked; only `reader_*` has threads of its own, which
+ * see a descriptor and a buffer and nothing else.
+ */
+#ifndef LAYERFS_GATE_CORE_H
+#define LAYERFS_GATE_CORE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+
+/* -- map.c: from a 64-bit key (never 0) to a pointer ------------------------------------------------------------- */
+
+struct map_slot {
+	uint64_t key;
+	void *value;
+};
+
+struct map {
+	struct map_slot *slots;
+	size_t mask; /* slots - 1; 0: nothing allocated */
+	size_t used;
+};
+
+void *map_get(const struct map *map, uint64_t key);
+bool map_has(const struct map *map, uint64_t key);
+/* False when there is no memory; the map is as it was. */
+bool map_put(struct map *map, uint64_t key, void *value);
+void *map_take(struct map *map, uint64_t key);
+void map_free(struct map *map);
+
+/* -- facts.c: directories whose names are known, and the objects that the kernel got from here --------------------- */
+
+enum {
+	NAME_ASK = 0,   /* Python knows */
+	NAME_PLAIN = 1, /* an object of one lower, shown as it is there, but for its number */
+	NAME_PLAIN_DIRECTORY = 2, /* such a directory: it has no xattrs, or Python is asked */
+};
+
+/* A lower directory that names of a merged directory lie in. */
+struct home {
+	char *path;      /* below `root`; empty: the root itself */
+	uint64_t base;   /* what is or-ed to a real inode number to make the shown one */
+	int root;        /* descriptor of the layer's root; not ours */
+	int fd;          /* O_PATH descriptor, or -1; kept by `facts.open_homes` */
+	uint32_t place;  /* there */
+};
+
+struct name {
+	uint64_t real; /* inode number in its layer */
+	uint32_t text; /* offset in `directory.text` */
+	uint16_t home;
+	uint8_t length;
+	uint8_t kind; /* NAME_* */
+};
+
+struct directory {
+	uint64_t id;
+	struct name *names;
+	uint32_t *index; /* hash table of positions in `names` + 1 */
+	char *text;
+	struct home *homes;
+	uint32_t count, capacity, mask, text_used, text_capacity, home_count;
+	uint32_t known; /* objects the kernel has by names of this directory, from the gate */
+	bool let_go;    /* Python would let go of it when `known` is 0 */
+};
+
+/* An object that the kernel has from the gate alone: Python has no node for it. */
+struct known {
+	struct directory *directory;
+	uint64_t id, lookups;
+	uint32_t name; /* position in the directory's `names` */
+};
+
+struct facts {
+	struct map directories; /* node id -> struct directory */
+	struct map known;       /* node id -> struct known */
+	struct map claimed;     /* node ids that Python has nodes for */
+	struct home **open_homes;
+	uint32_t home_limit, home_hand;
+	uint64_t resolve; /* openat2's, for paths of homes */
+	uint64_t hash_key[2];
+	size_t bytes, names;
+};
+
+bool facts_init(struct facts *facts, uint32_t home_limit, uint64_t resolve);
+void facts_free(struct facts *facts);
+
+/* A directory to be filled; NULL without memory. Then `facts_publish`, or `facts_discard`. */
+struct directory *facts_prepare(struct facts *facts, uint64_t id, uint32_t names, uint32_t homes);
+bool facts_home(struct directory *directory, int root, const char *path, size_t length, uint64_t base);
+bool facts_name(struct facts *facts, struct directory *directory, const char *name, size_t length, uint8_t kind,
+		uint16_t home, uint64_t real);
+bool facts_publish(struct facts *facts, struct directory *directory);
+void facts_discard(struct facts *facts, struct directory *directory);
+/* The directory is no more; objects of it that are known stay so: none must be. */
+void facts_forget(struct facts *facts, uint64_t id);
+
+struct directory *facts_directory(const struct facts *facts, uint64_t id);
+/* Position in `names`, or -1: there is no such name. */
+int64_t facts_find(const struct facts *facts, const struct directory *directory, const char *name, size_t length);
+/* The name means something else from now on, or nothing: Python is asked. False: no memory, the directory must be
+ * forgotten. */
+bool facts_retract(struct facts *facts, struct directory *directory, const char *name, size_t length);
+
+/* Whether the object has no xattrs at all. */
+bool facts_bare(int directory, const char *name);
+/* lstat of a plain name. False: not as published (changed from outside, several links, an error): ask Python. */
+bool facts_stat(struct facts *facts, struct directory *directory, uint32_t name, struct stat *st);
+/* Descriptor of the lower directory of a plain name, or -1. Valid until the next call of anything here. */
+int facts_open_home(struct facts *facts, struct home *home);
+
+/* The object of a plain name, made if need be; NULL: ask Python. */
+struct known *facts_know(struct facts *facts, struct directory *directory, uint32_t name);
+/* `count` lookups less. True when its directory may be let go of now. */
+bool facts_unknow(struct facts *facts, struct known *known, uint64_t count);
+/* Python takes the object over: its lookup count, 0 when the kernel has not got it from here. Asked for the name from
+ * now on is Python. */
+uint64_t facts_adopt(struct facts *facts, struct directory *directory, uint32_t name);
+
+/* -- files.c: files opened here, and threads that read them --------------------------------------------------------- */
+
+#define NATIVE_HANDLE (UINT64_C(1) << 63)
+/* In the handle of a WRITE on its way to Python: the writer has CAP_FSETID (fuse/adapter.py). */
+#define KEEPS_SETID (UINT64_C(1) << 62)
+
+struct file {
+	uint64_t node;
+	int fd;
+};
+
+struct files {
+	struct file *table;
+	uint32_t *vacant;
+	uint32_t count, capacity, vacancies, limit, open;
+};
+
+/* A handle for `fd`, or 0: no room. */
+uint64_t files_add(struct files *files, uint64_t node, int fd);
+struct file *files_get(struct files *files, uint64_t handle);
+void files_close(struct files *files, uint64_t handle);
+/* All files of `node` read `fd` from now on, which stays the caller's. Number of files; -1 with errno. */
+int files_switch(struct files *files, uint64_t node, int fd);
+void files_free(struct files *files);
+
+/* Reads in a thread and replies. False: no thread or memory; nothing was done. */
+bool reader_read(int device, uint64_t unique, int fd, uint64_t offset, uint32_t size);
+
+/* -- answer.c ------------------------------------------------------------------------------------------------------- */
+
+enum verdict {
+	ANSWERED,  /* by a reply, or there is none to make */
+	PASSED,    /* for pyfuse3 */
+	CARRIED,   /* for Python, but pyfuse3 cannot carry it */
+};
+
+#define OPCODES 64
+
+/* What Python said of an object that it has a node for. */
+struct told {
+	struct stat attributes; /* st_ino is the node id */
+	bool has_attributes;
+	bool no_capability; /* it has no security.capability */
+};
+
+/* A file that Python opened and lets the gate read, and write. */
+struct lent {
+	int fd; /* ours */
+	bool writes;
+};
+
+struct listing {
+	uint64_t directory, parent;
+	uint32_t *order; /* positions in the directory's names */
+	uint32_t count;
+	bool fresh; /* not read from its start yet */
+};
+
+struct gate {
+	struct facts facts;
+	struct files files;
+	struct map listings; /* handle of pyfuse3 -> struct listing */
+	struct map told;     /* node id -> struct told */
+	struct map lent;     /* handle of pyfuse3 -> struct lent */
+	struct map asked;    /* unique -> opcode: what Python has not replied to */
+	int device;
+	int statfs; /* descriptor to ask, or -1 */
+	bool xattrs; /* users see them */
+	bool carries; /* somebody takes CARRIED frames */
+	bool hooked;
+	bool holds_writes; /* every WRITE is Python's */
+	uint64_t init_unique, init_flags;
+	uint64_t extra_init_flags; /* asked for beside libfuse's, where the kernel offers them */
+	uint64_t bytes_read, bytes_written;
+	uint64_t natively[OPCODES], passed[OPCODES];
+	char *reply; /* room for a listing */
+	size_t reply_size;
+	/* Python may let go of this directory now */
+	void (*let_go)(uint64_t id);
+	/* takes a CARRIED frame */
+	void (*carry)(const void *frame, size_t size);
+};
+
+bool gate_init(struct gate *gate, uint32_t descriptors, uint64_t resolve);
+void gate_free(struct gate *gate);
+/* `size` may become smaller (BATCH_FORGET). */
+enum verdict gate_answer(struct gate *gate, void *frame, size_t *size);
+/* The open directory `handle` lists the names at the positions `order`, which becomes the gate's. `fresh`: a read from
+ * the start need not look again. False: no memory. */
+bool gate_list(struct gate *gate, uint64_t handle, uint64_t directory, uint64_t parent, uint32_t *order, uint32_t count,
+	       bool fresh);
+void gate_unlist(struct gate *gate, uint64_t handle);
+/* What is told of a node, made if need be; NULL without memory. */
+struct told *gate_tell(struct gate *gate, uint64_t id);
+void gate_untell(struct gate *gate, uint64_t id);
+/* `handle` may be read here through a duplicate of `fd`, and written. False: no memory or descriptor. */
+bool gate_lend(struct gate *gate, uint64_t handle, int fd, bool writes);
+void gate_take_back(struct gate *gate, uint64_t handle);
+/* 0, or -errno. */
+int gate_reply(int device, uint64_t unique, int error, const void *payload, size_t size);
+
+/* -- hook.c: between libfuse and the device ------------------------------------------------------------------------- */
+
+/* `library` (a path; loaded already) is the one whose calls of libfuse come here first; to be said before any does.
+ * False: there is no such library. */
+bool hook_serve(const char *library);
+/* The next fuse_session_mount goes through `gate`; NULL: through libfuse alone. */
+void hook_arm(struct gate *gate);
+/* As read(2) of the device, but -errno; EINTR when there is nothing for libfuse. */
+ssize_t hook_receive(struct gate *gate, int device, void *buffer, size_t size);
+
+#endif
