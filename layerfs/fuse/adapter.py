@@ -30,6 +30,9 @@ FOR_EVER = 1e8
 #: Node ids of names that can be listed but not looked up: no node has them, and a FORGET of them is passed
 #: over.
 _NOBODY = 3 << 62
+#: Bit of a WRITE's file handle by which a gate says what pyfuse3 does not: the writer has CAP_FSETID
+#: (FUSE_HANDLE_KILLPRIV_V2 is on and FUSE_WRITE_KILL_SUIDGID is not among the write_flags).
+KEEPS_SETID = 1 << 62
 #: Opcodes of methods that have another name.
 _OPCODES = {"readdir": "readdirplus"}
 #: Names of a listing that are answered before others get their turn.
@@ -60,10 +63,6 @@ def _errors(method: _F) -> _F:
             self.counters.answered(kind, started)
 
     return guarded  # type: ignore[return-value]
-
-
-def _caller(ctx: RequestContext) -> Caller:
-    return Caller(ctx.uid, ctx.gid, ctx.pid, ctx.umask)
 
 
 def _entry(attributes: Attributes) -> EntryAttributes:
@@ -103,6 +102,8 @@ class Operations(pyfuse3.Operations):
         """`describe` answers the virtual xattrs of the root (`layerfs.mount`, …); None for other names."""
         super().__init__()
         self.counters = counters
+        #: the kernel leaves the umask to us (FUSE_DONT_MASK)
+        self.masks = False
         self.vfs: Vfs = None  # type: ignore[assignment]  # set before the first request is read
         self._describe = describe
         self._owner = os.geteuid()
@@ -117,6 +118,9 @@ class Operations(pyfuse3.Operations):
             pyfuse3.invalidate_inode(node, attr_only=True)
         except FileNotFoundError:
             pass  # the kernel does not know it
+
+    def _caller(self, ctx: RequestContext) -> Caller:
+        return Caller(ctx.uid, ctx.gid, ctx.pid, ctx.umask if self.masks else 0)
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -232,33 +236,33 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        return _entry(await self.vfs.make(parent, name, New(mode | stat.S_IFDIR), _caller(ctx)))
+        return _entry(await self.vfs.make(parent, name, New(mode | stat.S_IFDIR), self._caller(ctx)))
 
     @_errors
     async def mknod(
         self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        return _entry(await self.vfs.make(parent, name, New(mode, rdev=rdev), _caller(ctx)))
+        return _entry(await self.vfs.make(parent, name, New(mode, rdev=rdev), self._caller(ctx)))
 
     @_errors
     async def symlink(self, parent: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         return _entry(
-            await self.vfs.make(parent, name, New(stat.S_IFLNK | 0o777, target=target), _caller(ctx))
+            await self.vfs.make(parent, name, New(stat.S_IFLNK | 0o777, target=target), self._caller(ctx))
         )
 
     @_errors
     async def link(
         self, inode: int, new_parent: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
-        return _entry(await self.vfs.link(inode, new_parent, new_name, _caller(ctx)))
+        return _entry(await self.vfs.link(inode, new_parent, new_name, self._caller(ctx)))
 
     @_errors
     async def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        await self.vfs.unlink(parent, name, _caller(ctx))
+        await self.vfs.unlink(parent, name, self._caller(ctx))
 
     @_errors
     async def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        await self.vfs.rmdir(parent, name, _caller(ctx))
+        await self.vfs.rmdir(parent, name, self._caller(ctx))
 
     @_errors
     async def rename(
@@ -270,7 +274,7 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
-        await self.vfs.rename(parent_old, name_old, parent_new, name_new, flags, _caller(ctx))
+        await self.vfs.rename(parent_old, name_old, parent_new, name_new, flags, self._caller(ctx))
 
     # -- attributes -------------------------------------------------------------------------------
 
@@ -286,7 +290,7 @@ class Operations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        return _entry(await self.vfs.setattr(inode, change, _caller(ctx)))
+        return _entry(await self.vfs.setattr(inode, change, self._caller(ctx)))
 
     @_errors
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
@@ -298,28 +302,28 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
-        return await self.vfs.listxattr(inode, _caller(ctx))
+        return await self.vfs.listxattr(inode, self._caller(ctx))
 
     @_errors
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self.vfs.setxattr(inode, name, value, _caller(ctx))
+        await self.vfs.setxattr(inode, name, value, self._caller(ctx))
 
     @_errors
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self.vfs.removexattr(inode, name, _caller(ctx))
+        await self.vfs.removexattr(inode, name, self._caller(ctx))
 
     # -- data -------------------------------------------------------------------------------------
 
     @_errors
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return FileInfo(fh=(await self.vfs.open(inode, flags, _caller(ctx))).id, keep_cache=True)
+        return FileInfo(fh=(await self.vfs.open(inode, flags, self._caller(ctx))).id, keep_cache=True)
 
     @_errors
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         mode = stat.S_IMODE(mode) | stat.S_IFREG
-        handle, attributes = await self.vfs.create(parent_inode, name, mode, flags, _caller(ctx))
+        handle, attributes = await self.vfs.create(parent_inode, name, mode, flags, self._caller(ctx))
         return FileInfo(fh=handle.id, keep_cache=True), _entry(attributes)
 
     @_errors
@@ -328,7 +332,7 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self.vfs.write(fh, off, buf)
+        return await self.vfs.write(fh & ~KEEPS_SETID, off, buf, keeps_setid=bool(fh & KEEPS_SETID))
 
     @_errors
     async def flush(self, fh: int) -> None:

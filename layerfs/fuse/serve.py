@@ -20,6 +20,7 @@ from layerfs.errors import MountError
 from layerfs.fdutil import RESOLVE_INSIDE, syncfs
 from layerfs.fuse.adapter import Operations
 from layerfs.fuse.controls import Controls
+from layerfs.fuse.extra import Extra
 from layerfs.fuse.statistics import Choice, Reporter
 from layerfs.overlay.names import XattrNames
 from layerfs.stack import Stack
@@ -72,6 +73,7 @@ def serve(
             log.info("no native gate: libfuse does not let it in")
             native = None
             reporter.choice = _choice(config, None)
+        operations.masks = native is not None
         trio.run(_main, operations, stack, upper, config, native, control, reporter, ready)
     finally:
         if native is not None:
@@ -106,6 +108,9 @@ async def _main(
         )
         if native is not None:
             native.on_let_go = operations.vfs.tree.let_go
+            extra = Extra(operations.vfs, native.reply)
+            native.on_carry = lambda frame: nursery.start_soon(extra.handle, frame)
+            native.carries(True)
         reporter.vfs = operations.vfs
         operations.vfs.tree.attributes_moved = operations.attributes_moved
         await operations.vfs.start()

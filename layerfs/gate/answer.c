@@ -542,22 +542,34 @@ static enum verdict read_file(struct gate *gate, const struct fuse_in_header *in
 	return ANSWERED;
 }
 
+/* libfuse hands on no write_flags: the handle says what they would. */
+static enum verdict pass_write(const struct gate *gate, struct fuse_write_in *arg, char *body)
+{
+	bool told = gate->init_flags & gate->extra_init_flags & FUSE_HANDLE_KILLPRIV_V2;
+
+	if (told && !(arg->write_flags & FUSE_WRITE_KILL_SUIDGID)) {
+		arg->fh |= KEEPS_SETID;
+		memcpy(body, arg, sizeof(*arg));
+	}
+	return PASSED;
+}
+
 /* What goes into the page cache at once; larger ones, and whatever does not go through smoothly, are Python's, which has
  * threads for them and remembers what an fsync has to tell. */
-static enum verdict write_file(struct gate *gate, const struct fuse_in_header *in, const char *body, size_t size)
+static enum verdict write_file(struct gate *gate, const struct fuse_in_header *in, char *body, size_t size)
 {
 	struct fuse_write_in arg;
 	struct fuse_write_out out = {0};
 	struct lent *lent;
 
-	if (gate->holds_writes || size < sizeof(arg))
+	if (size < sizeof(arg))
 		return PASSED;
 	memcpy(&arg, body, sizeof(arg));
-	lent = map_get(&gate->lent, arg.fh);
+	lent = gate->holds_writes ? NULL : map_get(&gate->lent, arg.fh);
 	if (!lent || !lent->writes || arg.size > WRITE_MAX || size - sizeof(arg) < arg.size)
-		return PASSED;
+		return pass_write(gate, &arg, body);
 	if (pwrite(lent->fd, body + sizeof(arg), arg.size, (off_t)arg.offset) != (ssize_t)arg.size)
-		return PASSED;
+		return pass_write(gate, &arg, body);
 	gate->bytes_written += arg.size;
 	out.size = arg.size;
 	return reply(gate, in, 0, &out, sizeof(out));

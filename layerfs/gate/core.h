@@ -129,6 +129,8 @@ uint64_t facts_adopt(struct facts *facts, struct directory *directory, uint32_t 
 /* -- files.c: files opened here, and threads that read them --------------------------------------------------------- */
 
 #define NATIVE_HANDLE (UINT64_C(1) << 63)
+/* In the handle of a WRITE on its way to Python: the writer has CAP_FSETID (fuse/adapter.py). */
+#define KEEPS_SETID (UINT64_C(1) << 62)
 
 struct file {
 	uint64_t node;

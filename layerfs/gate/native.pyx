@@ -120,6 +120,7 @@ cdef extern from "core.h":
 #: What INIT asks for beside libfuse's own flags (linux/fuse.h).
 CACHE_SYMLINKS = 1 << 23
 DONT_MASK = 1 << 6
+HANDLE_KILLPRIV_V2 = 1 << 28
 
 def serve(library: bytes):
     """Says whose calls of libfuse come through this module from now on: the shared object at that path. Raises
@@ -183,7 +184,7 @@ cdef class NativeGate:
         _gate.xattrs = xattrs
         _gate.let_go = _let_go
         _gate.carry = _carry
-        _gate.extra_init_flags = CACHE_SYMLINKS
+        _gate.extra_init_flags = CACHE_SYMLINKS | DONT_MASK | HANDLE_KILLPRIV_V2
         _live = self
 
     #: somebody answers from what is published

@@ -35,6 +35,8 @@ class Source:
     ino: int
     #: value of the origin xattr
     origin: bytes = b""
+    #: birth time shown, kept on the copy of anything but a directory (ns since 1970); None: not known
+    born: int | None = None
 
     @property
     def path(self) -> bytes:
@@ -171,6 +173,8 @@ def _copy_attributes(upper: Upper, source: Source, temporary: bytes, *, metacopy
         upper.record_ino(work, temporary, source.ino)
         if st.st_nlink > 1:
             _optional(lambda: os.setxattr(path, names.nlink, b"U+0", follow_symlinks=False))
+        if (born := source.born) is not None:
+            _optional(lambda: os.setxattr(path, names.btime, b"%d" % born, follow_symlinks=False))
     if own:
         upper.keep(path, st, follow=False)
         upper.set_real_mode(path, st.st_mode, is_dir=stat.S_ISDIR(st.st_mode))

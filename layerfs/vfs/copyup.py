@@ -23,6 +23,7 @@ from layerfs.stack import Entry
 from layerfs.upper import copyup, journal
 from layerfs.upper.steps import step
 from layerfs.upper.upper import Upper
+from layerfs.vfs import setid
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.node import Directory, File, Node
@@ -43,11 +44,13 @@ _SWEPT_AT_ONCE = 100
 class Job:
     """One copy-up of one file (with all its names) that is under way."""
 
-    __slots__ = ("cancelled", "done", "ending", "error", "size", "waiters")
+    __slots__ = ("cancelled", "cutter", "done", "ending", "error", "size", "waiters")
 
-    def __init__(self, size: int | None) -> None:
+    def __init__(self, size: int | None, cutter: Caller) -> None:
         #: None: all data are copied; else only so many bytes, for a caller who cuts the file there
         self.size = size
+        #: that caller
+        self.cutter = cutter
         self.done = trio.Event()
         self.error: OSError | None = None
         self.waiters = 0
@@ -234,7 +237,7 @@ class CopyUp:
                     )
                     self._publish(node, copy, metacopy=False)
                     return
-                job = node.job = Job(size)
+                job = node.job = Job(size, caller)
                 node.users += 1
                 self._jobs.add(job)
                 self.nursery.start_soon(self._run, node, job, size)
@@ -312,7 +315,7 @@ class CopyUp:
                 raise Cancelled
             cut = length < st.st_size
             if cut and copy.fd is not None:
-                self._cut_short(copy.fd)
+                self._cut_short(copy.fd, job.cutter)
             if len(names) > 1:
                 record = await self._journal(node, copy, names)
                 self._publish_links(node, copy, names, record)
@@ -340,8 +343,9 @@ class CopyUp:
 
     def _source(self, node: File, st: os.stat_result) -> copyup.Source:
         fd, name = self.tree.where(node)
+        born = self.tree.birth_time(node)
         if not node.in_upper:
-            return copyup.Source(fd, name, st, node.id, self.upper.make_origin(fd.fd, name))
+            return copyup.Source(fd, name, st, node.id, self.upper.make_origin(fd.fd, name), born)
         # The copy is made in a thread; meanwhile the name may come to mean another file, so the object itself
         # is held.
         fd = self.tree.object_path(fd, name)
@@ -349,7 +353,7 @@ class CopyUp:
             origin = os.getxattr(fd_path(fd.fd), self.upper.names.origin)
         except OSError:
             origin = b""
-        return copyup.Source(fd, b"", st, node.id, origin)
+        return copyup.Source(fd, b"", st, node.id, origin, born)
 
     # -- publishing -------------------------------------------------------------------------------
 
@@ -473,11 +477,11 @@ class CopyUp:
             except OSError:
                 continue
 
-    def _cut_short(self, fd: OwnedFd) -> None:
+    def _cut_short(self, fd: OwnedFd, cutter: Caller) -> None:
         """A copy of fewer bytes than the file has is half of a truncate: the other half, mtime and setuid,
         belongs to it before it is shown (the caller that truncates has yet to wake up).
         """
-        self.upper.change_mode(fd, without_setid)
+        setid.clear(self.tree, self.upper, fd, cutter, may_keep=True)
         os.utime(fd.fd, ns=(os.fstat(fd.fd).st_atime_ns, time.time_ns()))
 
     def _switch_handles(self, node: File, fd: OwnedFd | None, metacopy: bool) -> None:
@@ -490,9 +494,3 @@ class CopyUp:
             handle.fd = fd
             self.tree.gate.lend(handle.id, fd.fd, False)
         self.tree.gate.switch(node.id, fd.fd)
-
-
-def without_setid(mode: int) -> int:
-    """The mode after a write or truncate: setuid goes, and setgid of an executable (write(2), inode(7))."""
-    mode &= ~stat.S_ISUID
-    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import trio
 
-from layerfs.fdutil import OwnedFd, at_path, fd_path
+from layerfs.fdutil import OwnedFd, at_path, birth_time, fd_path
 from layerfs.gate import Gate, NoGate, Plain
 from layerfs.ids import ROOT, Ino, NodeId, RealIno
 from layerfs.inodes import numbers
@@ -563,6 +563,10 @@ class Tree:
             uid, gid = self.owners.uid.shown(uid), self.owners.gid.shown(gid)
         return Attributes(st, uid, gid, ino, nlink, ctime_ns, blocks)
 
+    def shown_gid(self, st: os.stat_result) -> int:
+        """The group of a real object as it is shown."""
+        return st.st_gid if self.owners is None else self.owners.gid.shown(st.st_gid)
+
     @staticmethod
     def _changed_meanwhile(node: File) -> bool:
         """Whether a lower file was copied up or unlinked while its names were counted."""
@@ -590,6 +594,18 @@ class Tree:
             except OSError:
                 pass
         return self._attributes(st, node.id, nlink, ctime, blocks)
+
+    def birth_time(self, node: Node) -> int | None:
+        """When an object was made (statx(2) stx_btime), in ns since 1970; None where its layer does not say.
+
+        A merged directory's is that of its top lower, as its number is; a copy of anything else shows its
+        original's. Raises OSError."""
+        if isinstance(node, Directory) and node.lowers:
+            return birth_time(self.stack.open(node.lowers[0]).fd, b"")
+        fd, name = self.where(node)
+        if node.in_upper and self.upper is not None:
+            return self.upper.birth_time(fd.fd, name)
+        return birth_time(fd.fd, name)
 
     def keep_ctime(self, node: Node, shown: int) -> None:
         """Shows `shown` as ctime of an upper object until something really changes it: a copy-up is not a

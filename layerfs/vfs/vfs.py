@@ -24,7 +24,7 @@ from layerfs.overlay import override
 from layerfs.overlay.owners import Owners
 from layerfs.stack import Stack
 from layerfs.upper.upper import Upper
-from layerfs.vfs import kernel_index
+from layerfs.vfs import inode_flags, kernel_index
 from layerfs.vfs.attributes import Attributes as AttributeChanges
 from layerfs.vfs.attributes import Change, get_xattr, list_xattrs
 from layerfs.vfs.caller import Caller
@@ -248,6 +248,14 @@ class Vfs:
         self.tree.gate.tell_no_capability(node.id)
         return handle, await self._born(node)
 
+    @_changes(opens=True)
+    async def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Handle, Attributes]:
+        """open(2) with O_TMPFILE; the lookup count is raised."""
+        kept = self.files.backing_flags(flags)
+        directory = self.tree.directory(parent)
+        node, fd = await self._write().names.make_unnamed(directory, mode, kept, caller)
+        return self.files.adopt(node, fd, flags, caller), await self._born(node)
+
     async def _born(self, node: Node) -> Attributes:
         node.lookups += 1
         return await self.tree.attributes(node)
@@ -287,6 +295,29 @@ class Vfs:
         try:
             await self._write().attributes.set(node, change, caller)
             return await self.tree.attributes(node)
+        finally:
+            node.users -= 1
+            self.tree.release(node)
+
+    async def birth_time(self, id: int) -> int | None:
+        """In ns since 1970; None where the object's layer does not say."""
+        return self.tree.birth_time(self.tree.node(id))
+
+    async def ioctl(self, id: int, command: int, argument: bytes, caller: Caller) -> bytes:
+        """What an ioctl(2) on a file or directory gives back: for inode flags; ENOTTY for all others."""
+        if command in inode_flags.SETS:
+            await self._set_flags(id, command, argument, caller)
+            return b""
+        if command not in inode_flags.ASKS:
+            fail(errno.ENOTTY)
+        return inode_flags.get_flags(self.tree, self.tree.node(id), command)
+
+    @_changes()
+    async def _set_flags(self, id: int, command: int, value: bytes, caller: Caller) -> None:
+        node = self.tree.node(id)
+        node.users += 1
+        try:
+            await self._write().attributes.set_flags(node, command, value, caller)
         finally:
             node.users -= 1
             self.tree.release(node)
@@ -336,14 +367,35 @@ class Vfs:
 
     _open_for_writing = _changes(opens=True)(_open)
 
-    async def write(self, handle: int, offset: int, data: bytes) -> int:
+    async def write(self, handle: int, offset: int, data: bytes, *, keeps_setid: bool = False) -> int:
         opened = self.files.handle(handle)
         node = opened.node.id
-        await self.hold.begin_write(node, opened.opener)
+        await self.hold.begin_write(node, opened.opener, known=False)
         try:
-            return await self.files.write(handle, offset, data)
+            return await self.files.write(handle, offset, data, keeps_setid=keeps_setid)
         finally:
             self.hold.end_write(node)
+
+    async def allocate(self, handle: int, mode: int, offset: int, length: int, caller: Caller) -> None:
+        node = self.files.handle(handle).node.id
+        await self.hold.begin_write(node, caller, known=True)
+        try:
+            await self.files.allocate(handle, mode, offset, length, caller)
+        finally:
+            self.hold.end_write(node)
+
+    async def copy(
+        self, handle: int, offset: int, target: int, target_offset: int, length: int, caller: Caller
+    ) -> int:
+        node = self.files.handle(target).node.id
+        await self.hold.begin_write(node, caller, known=True)
+        try:
+            return await self.files.copy(handle, offset, target, target_offset, length, caller)
+        finally:
+            self.hold.end_write(node)
+
+    async def seek(self, handle: int, offset: int, whence: int) -> int:
+        return self.files.seek(handle, offset, whence)
 
     async def fsync(self, handle: int, data_only: bool) -> None:
         self.hold.reached(self.files.handle(handle).node.id)
