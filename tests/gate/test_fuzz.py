@@ -58,8 +58,8 @@ def _made(opcode: int, node: int = 0, handle: int = 0, body: bytes = b"") -> byt
 
 
 def _seeds() -> Iterator[bytes]:
-    """Requests as the kernel makes them, in an order that makes sense. Nodes are by position in the directory,
-    so each is asked for all."""
+    """Requests as the kernel makes them, in an order that makes sense. Nodes are by position in the
+    directory, so each is asked for all."""
     names = [b"file", b"link", b"pipe", b"asked", b"marked", b"none"]
     lookups = b"".join(_made(f.LOOKUP, 99, 0, name + b"\0") for name in names)
     looks = b"".join(
