@@ -1,5 +1,5 @@
-"""The one part that is compiled: the native gate. Without a compiler everything else is installed all the same, and
-mounts go without it (`layerfs doctor` says so)."""
+"""The one part that is compiled: the native gate. Without a compiler everything else is installed all the
+same, and mounts go without it (`layerfs doctor` says so)."""
 
 from setuptools import Extension, setup
 

@@ -39,11 +39,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="KIND",
         help="work on a fresh one of this kind: tmpfs, overlay, ext4, xfs, xfs-noreflink, btrfs (as root)",
     )
+    parser.addoption(
+        "--gate",
+        choices=["on", "off"],
+        help="mount layerfs with or without its native gate; otherwise as it likes",
+    )
     parser.addoption("--keep-stacks", action="store_true", help="do not delete the directories of the tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     global _namespace
+    mounts.gate = config.getoption("--gate")
     if hasattr(config, "workerinput") or config.option.collectonly:
         return
     os.environ[mounts.SESSION_MARK] = mounts.session_id

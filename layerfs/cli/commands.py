@@ -13,6 +13,7 @@ COMMANDS = {
     "squash": "Join layers into one.",
     "export": "Write a mount or an image as one flat tar.",
     "import": "Make an image of a flat tar.",
+    "stat": "Show what a running mount has done, and does.",
     "flatten": "Make an upper plain, for overlays that know no redirects.",
     "doctor": "Tell what this machine and kernel allow.",
 }

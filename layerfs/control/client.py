@@ -1,5 +1,5 @@
-"""A command's end of the control socket (`wire` has the protocol): asks the daemon of a mount who writes, and
-has writers held. What is held is free again when the connection is closed, by whatever."""
+"""A command's end of the control socket (`wire` has the protocol): asks the daemon of a mount, and has
+writers held. What is held is free again when the connection is closed, by whatever."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 from layerfs.control import wire
 from layerfs.control.apart import Syncer
@@ -24,19 +24,18 @@ _PATIENCE = 60.0
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV)
 
 
-class Connection:
-    """To the daemon of one mount. Implements `oci.snapshot.Writers`."""
+class Channel:
+    """Questions to the daemon of one mount, and its answers."""
+
+    #: What else can be done when there are none.
+    otherwise = ""
 
     def __init__(self, mountpoint: str, work: str) -> None:
         """`work`: the mount's work directory. Raises MountError."""
         self._mountpoint = mountpoint
-        self._closed = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._file = self._socket.makefile("rb")
-        self._syncer: Syncer | None = None
         try:
-            self._root = OwnedFd(os.open(mountpoint, _DIRECTORY))
-            self._syncer = Syncer(self._root.fd, _PATIENCE)
             state = OwnedFd(os.open(os.path.join(work, wire.STATE), _DIRECTORY))
             self._socket.connect(at_path(state.fd, wire.SOCKET.encode()))
             greeting = self._receive()
@@ -50,11 +49,11 @@ class Connection:
             self.close()
             raise MountError(
                 f"{mountpoint}: is served by layerfs {greeting.get('layerfs')}, which speaks another"
-                " protocol: unmount it and use --upper and --lower",
+                f" protocol{self.otherwise}",
                 errno.EPROTO,
             )
 
-    def __enter__(self) -> Connection:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,12 +61,8 @@ class Connection:
 
     def close(self) -> None:
         """May be called again."""
-        self._closed = True
         self._file.close()
         self._socket.close()
-        if self._syncer is not None:  # and with it the root
-            self._syncer.close()
-            self._root.close()
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Raises MountError where it cannot be done, or the daemon is gone."""
@@ -94,9 +89,33 @@ class Connection:
     def _lost(self, error: OSError | None) -> MountError:
         why = f" ({error.strerror})" if error is not None else ""
         return MountError(
-            f"{self._mountpoint}: its daemon cannot be asked{why}: unmount it and use --upper and --lower",
+            f"{self._mountpoint}: its daemon cannot be asked{why}{self.otherwise}",
             error.errno if error is not None else errno.ECONNRESET,
         )
+
+
+class Connection(Channel):
+    """Has writers held. Implements `oci.snapshot.Writers`."""
+
+    otherwise = ": unmount it and use --upper and --lower"
+
+    def __init__(self, mountpoint: str, work: str) -> None:
+        """As `Channel`. Raises MountError."""
+        self._closed = False
+        self._mountpoint = mountpoint
+        try:
+            self._root = OwnedFd(os.open(mountpoint, _DIRECTORY))
+            self._syncer = Syncer(self._root.fd, _PATIENCE)
+        except OSError as error:
+            raise self._lost(error) from None
+        super().__init__(mountpoint, work)
+
+    def close(self) -> None:
+        """May be called again."""
+        self._closed = True
+        super().close()
+        self._syncer.close()
+        self._root.close()
 
     # -- one file ----------------------------------------------------------------------------------
 
@@ -128,7 +147,6 @@ class Connection:
         """What is gone meanwhile is left; whoever asks next will learn that nothing was closed. Raises
         MountError: then all is given free."""
         name = os.fsdecode(path)
-        assert self._syncer is not None
         try:
             self._syncer.fsync(path)
         except TimeoutError:

@@ -4,14 +4,16 @@ A mounted layerfs answers getxattr on its root for virtual names, to root and to
 
     layerfs.mount     JSON: pid, version, upper and work (or null), lowers (a number), volatile, xattr_prefix
     layerfs.lower.N   path of lower N, counted from the top
+    layerfs.stat      JSON: what it counts (`statistics`)
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from layerfs.errors import MountError, UsageError
@@ -21,6 +23,9 @@ from layerfs.stack import Stack
 
 INFO_ATTRIBUTE = "layerfs.mount"
 LOWER_ATTRIBUTE = "layerfs.lower.%d"
+STATISTICS_ATTRIBUTE = "layerfs.stat"
+_CLOSED = "was mounted by somebody else: only they may ask, and root where it has allow_other"
+_DEAD = "is a dead mount: its daemon has gone; umount clears it, --upper and --lower read its layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +46,10 @@ class MountInfo:
 def describe(mountpoint: str) -> MountInfo:
     """What the mount on `mountpoint` says of itself. Raises MountError when it is no layerfs, dead, or not
     ours to ask."""
-    try:
-        said = json.loads(os.getxattr(mountpoint, INFO_ATTRIBUTE))
+    with _decoding(mountpoint):
+        said = json.loads(told(mountpoint, INFO_ATTRIBUTE))
         count = int(said["lowers"])
-        lowers = tuple(
-            os.fsdecode(os.getxattr(mountpoint, LOWER_ATTRIBUTE % number)) for number in range(count)
-        )
+        lowers = tuple(os.fsdecode(told(mountpoint, LOWER_ATTRIBUTE % number)) for number in range(count))
         return MountInfo(
             int(said["pid"]),
             str(said.get("version", "")),
@@ -56,20 +59,39 @@ def describe(mountpoint: str) -> MountInfo:
             bool(said.get("volatile")),
             said.get("xattr_prefix"),
         )
+
+
+def work_directory(mountpoint: str) -> str | None:
+    """That of a live mount; None when it has none. Raises MountError as `describe` does."""
+    with _decoding(mountpoint):
+        work = json.loads(told(mountpoint, INFO_ATTRIBUTE))["work"]
+        return None if work is None else str(work)
+
+
+def told(mountpoint: str, attribute: str) -> bytes:
+    """A virtual xattr of the mount on `mountpoint`. Raises MountError as `describe` does."""
+    try:
+        return os.getxattr(mountpoint, attribute)
     except OSError as error:
         reason = {
             errno.ENODATA: "is not the root of a layerfs mount",
             errno.EOPNOTSUPP: "is not the root of a layerfs mount",
-            errno.EPERM: "was mounted by somebody else: only they or root may ask",
-            errno.EACCES: "was mounted by somebody else: only they or root may ask",
-            errno.ENOTCONN: "is a dead mount: its daemon has gone; use --upper and --lower",
-            errno.ECONNABORTED: "is a dead mount: its daemon has gone; use --upper and --lower",
+            errno.EPERM: _CLOSED,
+            errno.EACCES: _CLOSED,
+            errno.ENOTCONN: _DEAD,
+            errno.ECONNABORTED: _DEAD,
             errno.ENOENT: "no such directory",
         }.get(error.errno or 0, error.strerror)
-        raise MountError(f"{_shown(mountpoint)}: {reason}", error.errno) from None
+        raise MountError(f"{shown(mountpoint)}: {reason}", error.errno) from None
+
+
+@contextlib.contextmanager
+def _decoding(mountpoint: str) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, KeyError, TypeError):
         raise MountError(
-            f"{_shown(mountpoint)}: does not answer as a layerfs mount does", errno.EPROTO
+            f"{shown(mountpoint)}: does not answer as a layerfs mount does", errno.EPROTO
         ) from None
 
 
@@ -96,7 +118,7 @@ def _syncfs(path: str) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        raise MountError(f"{_shown(path)}: cannot be synced: {error.strerror}", error.errno) from None
+        raise MountError(f"{shown(path)}: cannot be synced: {error.strerror}", error.errno) from None
 
 
 def open_layers(
@@ -119,7 +141,7 @@ def open_layers(
         info = describe(mountpoint)
         if info.upper is None and need_upper:
             raise MountError(
-                f"{_shown(mountpoint)}: is mounted read-only, without an upper: nothing can have changed"
+                f"{shown(mountpoint)}: is mounted read-only, without an upper: nothing can have changed"
             )
         if durable:
             sync(mountpoint, info)
@@ -174,11 +196,12 @@ def _refuse_covered(mountpoint: str, stack: Stack) -> None:
     device = os.stat(mountpoint).st_dev
     for layer in stack.layers:
         if os.fstat(layer.fd.fd).st_dev == device:
-            where = _shown(layer.path)
+            where = shown(layer.path)
             raise MountError(
                 f"{where}: is covered by the mount itself; unmount it and use --upper and --lower"
             )
 
 
-def _shown(path: str) -> str:
+def shown(path: str) -> str:
+    """For a message of one line."""
     return path if path.isprintable() else repr(path)

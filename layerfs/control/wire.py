@@ -20,6 +20,10 @@ when it ends, however it ends.
                                                 closed: make an fsync of each through the mount, and ask again
                                                 until there are none, then ask for
     paused      {}                              nothing changes from now on
+    stat        an object: `statistics.Statistics`
+
+PROTOCOL changes when an op comes to mean something else. A new op needs none: a daemon that does not know it
+says so.
 
 Names are text whose surrogate escapes stand for undecodable bytes. What an op does to the tree is told in
 `layerfs.vfs.hold`.

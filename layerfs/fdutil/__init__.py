@@ -1,6 +1,6 @@
 """Descriptor-relative system calls: what Python's `os` lacks, typed and raising OSError. No policy."""
 
-from layerfs.fdutil.copying import Cancelled, copy_data
+from layerfs.fdutil.copying import Cancelled, Copied, copy_data, copy_range
 from layerfs.fdutil.owned import FdPool, OwnedFd
 from layerfs.fdutil.syscalls import (
     RENAME_EXCHANGE,
@@ -8,7 +8,9 @@ from layerfs.fdutil.syscalls import (
     RENAME_WHITEOUT,
     RESOLVE_INSIDE,
     RESOLVE_INSIDE_MOUNT,
+    birth_time,
     clone_mount,
+    fallocate,
     fs_magic,
     fs_uuid,
     name_to_handle,
@@ -25,11 +27,15 @@ __all__ = [
     "RESOLVE_INSIDE",
     "RESOLVE_INSIDE_MOUNT",
     "Cancelled",
+    "Copied",
     "FdPool",
     "OwnedFd",
     "at_path",
+    "birth_time",
     "clone_mount",
     "copy_data",
+    "copy_range",
+    "fallocate",
     "fd_path",
     "fs_magic",
     "fs_uuid",

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import struct
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -28,12 +29,22 @@ _NR_OPENAT2 = 437
 _OPEN_TREE_CLONE = 1
 _MAX_HANDLE = 128
 _FS_IOC_GETFSUUID = 0x80111500
+_AT_EMPTY_PATH = 0x1000
+_AT_SYMLINK_NOFOLLOW = 0x100
+_STATX_BTIME = 0x800
+
+_MASK = struct.Struct("=I")
+_BTIME = struct.Struct("=qI")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.syncfs.argtypes = [ctypes.c_int]
 _libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+# The calls of the large file interface: where `long` has 64 bits these are the plain ones.
+_fallocate = _libc.fallocate64
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p]
 
 
 class _OpenHow(ctypes.Structure):
@@ -121,11 +132,37 @@ def name_to_handle(dirfd: int, name: bytes) -> tuple[int, bytes] | None:
     Needs no privilege (opening a handle would). Symbolic links are not followed."""
     handle = _FileHandle(handle_bytes=_MAX_HANDLE)
     mount_id = ctypes.c_int()
-    at_empty_path = 0x1000
-    flags = at_empty_path if not name else 0
+    flags = _AT_EMPTY_PATH if not name else 0
     if _libc.name_to_handle_at(dirfd, name, ctypes.byref(handle), ctypes.byref(mount_id), flags) != 0:
         return None
     return handle.handle_type, bytes(handle.f_handle[: handle.handle_bytes])
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2): with `mode` (`FALLOC_FL_*`), which Python's `posix_fallocate` does not take. Raises
+    OSError: EOPNOTSUPP for what the file system cannot do.
+    """
+    while _fallocate(fd, mode, offset, length) != 0:
+        if ctypes.get_errno() != errno.EINTR:
+            _raise()
+
+
+def birth_time(dirfd: int, name: bytes) -> int | None:
+    """When `name` in `dirfd`, or `dirfd` itself when `name` is empty, was made, in ns since 1970 (statx(2)
+    stx_btime); None where the file system does not say, or a seccomp filter knows no statx. Symbolic links
+    are not followed. Raises OSError.
+    """
+    # struct statx has 256 bytes: u32 stx_mask at 0, stx_btime (s64 seconds, u32 nanoseconds) at 80.
+    buffer = ctypes.create_string_buffer(256)
+    flags = _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH
+    if _libc.statx(dirfd, name, flags, _STATX_BTIME, buffer) != 0:
+        if ctypes.get_errno() in (errno.ENOSYS, errno.EPERM):
+            return None
+        _raise(name)
+    if not _MASK.unpack_from(buffer)[0] & _STATX_BTIME:
+        return None
+    seconds, nanoseconds = _BTIME.unpack_from(buffer, 80)
+    return int(seconds) * 1_000_000_000 + int(nanoseconds)
 
 
 def fs_uuid(fd: int) -> bytes | None:

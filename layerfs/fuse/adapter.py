@@ -1,4 +1,4 @@
-"""Translates pyfuse3 calls to Vfs and errors to errno. Decides nothing about layers.
+"""Translates pyfuse3 calls to Vfs and errors to errno, and counts them. Decides nothing about layers.
 
 Kernel caching: only layerfs changes the tree, and every change comes through the kernel that caches, which
 invalidates what it changed itself (fs/fuse/dir.c). So entries, attributes and absent names are good for ever;
@@ -13,12 +13,14 @@ import os
 import stat
 from collections.abc import Awaitable, Callable, Sequence
 from functools import wraps
+from time import perf_counter_ns
 from typing import Any, TypeVar
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from layerfs.fuse.counters import Counters
 from layerfs.vfs.vfs import Attributes, Caller, Change, New, Vfs
 
 log = logging.getLogger("layerfs.fuse")
@@ -28,6 +30,11 @@ FOR_EVER = 1e8
 #: Node ids of names that can be listed but not looked up: no node has them, and a FORGET of them is passed
 #: over.
 _NOBODY = 3 << 62
+#: Bit of a WRITE's file handle by which a gate says what pyfuse3 does not: the writer has CAP_FSETID
+#: (FUSE_HANDLE_KILLPRIV_V2 is on and FUSE_WRITE_KILL_SUIDGID is not among the write_flags).
+KEEPS_SETID = 1 << 62
+#: Opcodes of methods that have another name.
+_OPCODES = {"readdir": "readdirplus"}
 #: Names of a listing that are answered before others get their turn.
 _TURN = 16
 
@@ -36,13 +43,15 @@ _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
 
 def _errors(method: _F) -> _F:
     """OSError becomes the caller's errno; anything else is our bug: logged with its traceback, EIO for the
-    caller.
+    caller. Either way the request is counted.
     """
+    kind = _OPCODES.get(method.__name__, method.__name__)
 
     @wraps(method)
-    async def guarded(*args: Any) -> Any:
+    async def guarded(self: Operations, *args: Any) -> Any:
+        started = perf_counter_ns()
         try:
-            return await method(*args)
+            return await method(self, *args)
         except OSError as error:
             raise FUSEError(error.errno or errno.EIO) from None
         except FUSEError:
@@ -50,12 +59,10 @@ def _errors(method: _F) -> _F:
         except Exception:
             log.exception("%s failed", method.__name__)
             raise FUSEError(errno.EIO) from None
+        finally:
+            self.counters.answered(kind, started)
 
     return guarded  # type: ignore[return-value]
-
-
-def _caller(ctx: RequestContext) -> Caller:
-    return Caller(ctx.uid, ctx.gid, ctx.pid, ctx.umask)
 
 
 def _entry(attributes: Attributes) -> EntryAttributes:
@@ -91,9 +98,12 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = True
 
-    def __init__(self, describe: Callable[[str], bytes | None]) -> None:
+    def __init__(self, describe: Callable[[str], bytes | None], counters: Counters) -> None:
         """`describe` answers the virtual xattrs of the root (`layerfs.mount`, …); None for other names."""
         super().__init__()
+        self.counters = counters
+        #: the kernel leaves the umask to us (FUSE_DONT_MASK)
+        self.masks = False
         self.vfs: Vfs = None  # type: ignore[assignment]  # set before the first request is read
         self._describe = describe
         self._owner = os.geteuid()
@@ -109,6 +119,9 @@ class Operations(pyfuse3.Operations):
         except FileNotFoundError:
             pass  # the kernel does not know it
 
+    def _caller(self, ctx: RequestContext) -> Caller:
+        return Caller(ctx.uid, ctx.gid, ctx.pid, ctx.umask if self.masks else 0)
+
     # -- looking ----------------------------------------------------------------------------------
 
     @_errors
@@ -119,8 +132,10 @@ class Operations(pyfuse3.Operations):
     def forget(  # type: ignore[override]  # pyfuse3 calls it as a plain function, whatever its stub says
         self, inode_list: Sequence[tuple[int, int]]
     ) -> None:
+        started = perf_counter_ns()
         for inode, count in inode_list:
             self.vfs.forget(inode, count)
+        self.counters.answered("forget", started)
 
     @_errors
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -162,14 +177,18 @@ class Operations(pyfuse3.Operations):
         names = handle.names
         offset = start_id
         answers = self.vfs.tree.gate.answers
+        fitted: bool | None
+        replied = 0  # an empty reply is the end of the listing
         while offset < len(names) + 2:
             if offset < 2:
-                if not await self._reply_dot(handle.node.id, handle.node.parent, offset, token):
-                    return
-            elif offset > start_id and answers(handle.node.id, names[offset - 2]):
+                fitted = await self._reply_dot(handle.node.id, handle.node.parent, offset, token)
+            elif replied and answers(handle.node.id, names[offset - 2]):
                 return  # the next request is the gate's
-            elif not await self._reply_name(handle.node.id, names[offset - 2], offset + 1, token):
+            else:
+                fitted = await self._reply_name(handle.node.id, names[offset - 2], offset + 1, token)
+            if fitted is False:
                 return
+            replied += fitted is True
             offset += 1
             if offset % _TURN == 0:
                 # A whole reply is some 200 names and several milliseconds, and the next request for names is
@@ -186,7 +205,8 @@ class Operations(pyfuse3.Operations):
 
     async def _reply_name(
         self, directory: int, name: bytes, next_id: int, token: pyfuse3.ReaddirToken
-    ) -> bool:
+    ) -> bool | None:
+        """Whether there was room for it; None when the name has gone since the listing was begun."""
         try:
             found = await self.vfs.lookup(directory, name)
         except OSError:
@@ -198,7 +218,7 @@ class Operations(pyfuse3.Operations):
             entry.entry_timeout = entry.attr_timeout = 0
             return pyfuse3.readdir_reply(token, name, entry, next_id)
         if found is None:
-            return True  # gone since the listing was begun
+            return None
         if pyfuse3.readdir_reply(token, name, _entry(found), next_id):
             return True
         self.vfs.forget(found.ino, 1)
@@ -216,33 +236,33 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        return _entry(await self.vfs.make(parent, name, New(mode | stat.S_IFDIR), _caller(ctx)))
+        return _entry(await self.vfs.make(parent, name, New(mode | stat.S_IFDIR), self._caller(ctx)))
 
     @_errors
     async def mknod(
         self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        return _entry(await self.vfs.make(parent, name, New(mode, rdev=rdev), _caller(ctx)))
+        return _entry(await self.vfs.make(parent, name, New(mode, rdev=rdev), self._caller(ctx)))
 
     @_errors
     async def symlink(self, parent: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         return _entry(
-            await self.vfs.make(parent, name, New(stat.S_IFLNK | 0o777, target=target), _caller(ctx))
+            await self.vfs.make(parent, name, New(stat.S_IFLNK | 0o777, target=target), self._caller(ctx))
         )
 
     @_errors
     async def link(
         self, inode: int, new_parent: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
-        return _entry(await self.vfs.link(inode, new_parent, new_name, _caller(ctx)))
+        return _entry(await self.vfs.link(inode, new_parent, new_name, self._caller(ctx)))
 
     @_errors
     async def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        await self.vfs.unlink(parent, name, _caller(ctx))
+        await self.vfs.unlink(parent, name, self._caller(ctx))
 
     @_errors
     async def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        await self.vfs.rmdir(parent, name, _caller(ctx))
+        await self.vfs.rmdir(parent, name, self._caller(ctx))
 
     @_errors
     async def rename(
@@ -254,7 +274,7 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
-        await self.vfs.rename(parent_old, name_old, parent_new, name_new, flags, _caller(ctx))
+        await self.vfs.rename(parent_old, name_old, parent_new, name_new, flags, self._caller(ctx))
 
     # -- attributes -------------------------------------------------------------------------------
 
@@ -270,7 +290,7 @@ class Operations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        return _entry(await self.vfs.setattr(inode, change, _caller(ctx)))
+        return _entry(await self.vfs.setattr(inode, change, self._caller(ctx)))
 
     @_errors
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
@@ -282,28 +302,28 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
-        return await self.vfs.listxattr(inode, _caller(ctx))
+        return await self.vfs.listxattr(inode, self._caller(ctx))
 
     @_errors
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self.vfs.setxattr(inode, name, value, _caller(ctx))
+        await self.vfs.setxattr(inode, name, value, self._caller(ctx))
 
     @_errors
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self.vfs.removexattr(inode, name, _caller(ctx))
+        await self.vfs.removexattr(inode, name, self._caller(ctx))
 
     # -- data -------------------------------------------------------------------------------------
 
     @_errors
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return FileInfo(fh=(await self.vfs.open(inode, flags, _caller(ctx))).id, keep_cache=True)
+        return FileInfo(fh=(await self.vfs.open(inode, flags, self._caller(ctx))).id, keep_cache=True)
 
     @_errors
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         mode = stat.S_IMODE(mode) | stat.S_IFREG
-        handle, attributes = await self.vfs.create(parent_inode, name, mode, flags, _caller(ctx))
+        handle, attributes = await self.vfs.create(parent_inode, name, mode, flags, self._caller(ctx))
         return FileInfo(fh=handle.id, keep_cache=True), _entry(attributes)
 
     @_errors
@@ -312,7 +332,7 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self.vfs.write(fh, off, buf)
+        return await self.vfs.write(fh & ~KEEPS_SETID, off, buf, keeps_setid=bool(fh & KEEPS_SETID))
 
     @_errors
     async def flush(self, fh: int) -> None:

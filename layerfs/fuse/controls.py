@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from layerfs.fuse.statistics import Reporter
 from layerfs.vfs.node import Node
 from layerfs.vfs.vfs import Vfs
 
@@ -13,8 +14,9 @@ from layerfs.vfs.vfs import Vfs
 class Controls:
     """One connection."""
 
-    def __init__(self, vfs: Vfs) -> None:
+    def __init__(self, vfs: Vfs, reporter: Reporter) -> None:
         self._vfs = vfs
+        self._reporter = reporter
         self._session = vfs.hold.session()
 
     def end(self) -> None:
@@ -38,6 +40,8 @@ class Controls:
         if op == "paused":
             await self._session.hold_all()
             return {}
+        if op == "stat":
+            return dict(self._reporter.report())
         raise LookupError(op)
 
     def _expect(self, id: int, inode: int) -> bool:

@@ -20,6 +20,8 @@ from layerfs.errors import MountError
 from layerfs.fdutil import RESOLVE_INSIDE, syncfs
 from layerfs.fuse.adapter import Operations
 from layerfs.fuse.controls import Controls
+from layerfs.fuse.extra import Extra
+from layerfs.fuse.statistics import Choice, Reporter
 from layerfs.overlay.names import XattrNames
 from layerfs.stack import Stack
 from layerfs.upper.upper import Upper
@@ -52,7 +54,8 @@ def serve(
         assert config.work is not None, "checked"
         upper = Upper(stack.upper, config.work, names, volatile=config.volatile)
     native = _native_gate(config, stack)
-    operations = Operations(_describer(config, stack, upper, prefix, native))
+    reporter = Reporter(_choice(config, native))
+    operations = Operations(_describer(config, stack, upper, prefix, native, reporter), reporter.counters)
     operations.enable_acl = config.acl
     control = server.bind(upper.work.state.fd) if upper is not None else None
     try:
@@ -65,8 +68,13 @@ def serve(
         raise MountError(f"cannot mount on {mountpoint}: {error}") from error
     try:
         if native is not None and not native.hooked:
-            native = None  # libfuse would not have it
-        trio.run(_main, operations, stack, upper, config, native, control, ready)
+            if config.gate:
+                raise MountError("gate=on: this libfuse does not let the native gate in (3.13 or later does)")
+            log.info("no native gate: libfuse does not let it in")
+            native = None
+            reporter.choice = _choice(config, None)
+        operations.masks = native is not None
+        trio.run(_main, operations, stack, upper, config, native, control, reporter, ready)
     finally:
         if native is not None:
             native.close()
@@ -84,6 +92,7 @@ async def _main(
     config: StackConfig,
     native: Any,
     control: socket.socket | None,
+    reporter: Reporter,
     ready: Callable[[], None],
 ) -> None:
     async with trio.open_nursery() as nursery:
@@ -99,11 +108,15 @@ async def _main(
         )
         if native is not None:
             native.on_let_go = operations.vfs.tree.let_go
+            extra = Extra(operations.vfs, native.reply)
+            native.on_carry = lambda frame: nursery.start_soon(extra.handle, frame)
+            native.carries(True)
+        reporter.vfs = operations.vfs
         operations.vfs.tree.attributes_moved = operations.attributes_moved
         await operations.vfs.start()
         await nursery.start(_end_on_signal, operations)
         if control is not None:
-            nursery.start_soon(server.serve, control, lambda: Controls(operations.vfs))
+            nursery.start_soon(server.serve, control, lambda: Controls(operations.vfs, reporter))
         ready()
         # No limit on requests under way: a hundred that wait for copy-ups must not keep others out.
         try:
@@ -165,8 +178,24 @@ def _native_gate(config: StackConfig, stack: Stack) -> Any:
     return native
 
 
+def _choice(config: StackConfig, native: Any) -> Choice:
+    """What `layerfs stat` says of how requests are answered."""
+    if native is None:
+        why = (
+            "switched off" if config.gate is False else gate.unavailable or "this libfuse does not let it in"
+        )
+        return Choice("python", "pyfuse3 alone answers: there is no gate", False, why)
+    why = "the kernel keeps pages; the gate reads, and writes what is small, itself"
+    return Choice("cached", why, True, "it was built, and libfuse lets it in")
+
+
 def _describer(
-    config: StackConfig, stack: Stack, upper: Upper | None, prefix: str, native: Any
+    config: StackConfig,
+    stack: Stack,
+    upper: Upper | None,
+    prefix: str,
+    native: Any,
+    reporter: Reporter,
 ) -> Callable[[str], bytes | None]:
     mount = json.dumps(
         {
@@ -183,10 +212,10 @@ def _describer(
     def describe(name: str) -> bytes | None:
         if name == "layerfs.mount":
             return mount
-        if name == "layerfs.counters":
-            return json.dumps(native.counters() if native else {}).encode()
         if name == "layerfs.gate":
             return b"on" if native is not None and native.hooked else b"off"
+        if name == "layerfs.stat":
+            return json.dumps(reporter.report()).encode()
         kind, _, number = name.rpartition(".")
         if kind == "layerfs.lower" and number.isdigit() and int(number) < len(stack.lowers):
             return os.fsencode(stack.lowers[int(number)].path)

@@ -1,10 +1,10 @@
 """The native path: what `vfs` publishes, and who answers from it.
 
 `vfs` publishes the names of a directory that it has loaded. A *plain* name is an object of one lower that is
-shown as it is there, but for its inode number; for such names, and for those that are absent, the gate
-answers the kernel itself, without Python. Everything else is asked of Python. Python makes a node of a plain
-name when it needs one (`adopt`): from then on the name is Python's until it lets go of the node
-(`give_back`).
+shown as it is there, but for its inode number; a directory is one when no other layer has it. For such names,
+and for those that are absent, the gate answers the kernel itself, without Python. Everything else is asked of
+Python. Python makes a node of a plain name when it needs one (`adopt`): from then on the name is Python's
+until it lets go of the node (`give_back`).
 
 The gate runs on the thread of the event loop, inside pyfuse3's read of the device. So there is no moment at
 which a fact is half retracted: what `vfs` retracts, before it replies to the request that makes it false, is
@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -36,8 +36,25 @@ class Name(Protocol):
     @property
     def home(self) -> Any: ...
 
+    @property
+    def lowers(self) -> Sequence[Any]: ...
+
+
+class Shown(Protocol):
+    """Attributes as `vfs.tree` computes them."""
+
+    st: os.stat_result
+    uid: int
+    gid: int
+    nlink: int
+    ctime_ns: int
+    blocks: int
+
 
 class Gate(Protocol):
+    #: somebody answers from what is published
+    native: bool
+
     def publish_directory(
         self, directory: NodeId, names: Mapping[bytes, Name], plain: Mapping[Any, Plain]
     ) -> None:
@@ -47,8 +64,17 @@ class Gate(Protocol):
     def retract_name(self, directory: NodeId, name: bytes) -> None:
         """`name` in `directory` is about to appear, vanish or mean something else."""
 
+    def tell_attributes(self, node: NodeId, shown: Shown) -> None:
+        """What stat shows of a node, until it is retracted or forgotten."""
+
     def retract_attributes(self, node: NodeId) -> None:
-        """Attributes, xattrs or the backing file of `node` are about to change."""
+        """Attributes or the backing file of `node` are about to change."""
+
+    def tell_no_capability(self, node: NodeId) -> None:
+        """`node` has no `security.capability`, for which the kernel asks before the first write."""
+
+    def retract_capability(self, node: NodeId) -> None:
+        """`node` is about to get xattrs."""
 
     def claim(self, node: NodeId) -> None:
         """There is a node with this id now."""
@@ -68,28 +94,54 @@ class Gate(Protocol):
     def adopt(self, directory: NodeId, name: bytes) -> int:
         """Python makes a node of a name. Its lookup count until now."""
 
-    def give_back(self, directory: NodeId, name: bytes) -> None:
+    def give_back(self, directory: NodeId, name: bytes, is_dir: bool) -> None:
         """Python has let go of the node of a name that is what it was when it was published."""
+
+    def lend(self, handle: int, fd: int, writes: bool) -> None:
+        """The open file `handle` may be read through `fd`, which stays the caller's; `writes`: written, too.
+        Said again: through another descriptor."""
+
+    def take_back(self, handle: int) -> None:
+        """That ends; before the handle is closed at the latest."""
+
+    def hold_writes(self, held: bool) -> None:
+        """Whether Python must see every WRITE."""
 
     def switch(self, node: NodeId, fd: int) -> None:
         """Files of `node` that the gate opened read `fd`, which stays the caller's, from now on."""
 
     def arrange(self, directory: NodeId, names: Iterable[bytes]) -> list[bytes]:
-        """`names` in the order in which they are to be listed: those that Python answers for first."""
+        """`names` in the order in which they are to be listed: those that are not plain first. It is the same
+        until a name comes or goes."""
 
-    def list_names(self, handle: int, directory: NodeId, parent: NodeId, names: list[bytes]) -> None:
-        """The open directory `handle` lists `names` (as arranged)."""
+    def list_names(
+        self, handle: int, directory: NodeId, parent: NodeId, names: list[bytes], fresh: bool
+    ) -> None:
+        """The open directory `handle` lists `names` (as arranged). `fresh`: a read from its start need not
+        look again."""
 
     def answers(self, directory: NodeId, name: bytes) -> bool:
         """Whether the gate answers for `name`."""
 
     def counters(self) -> dict[str, int]:
-        """`native.KIND` and `passed.KIND`: requests answered here, and by Python; `entries`, `known`: names
-        and objects; `bytes`: what the names take. Empty without a gate."""
+        """What it did since the mount, and what it holds now:
+
+            native.OPCODE       requests it answered; an opcode of FUSE in small letters ("lookup")
+            passed.OPCODE       requests it handed on to Python
+            latency.OPCODE.K    of those it answered, how many took less than 2**K µs and no less than half of
+                                that (K 0: less than 1 µs)
+            read, written       bytes of files it moved itself
+            entries, known      names, and nodes, it has an answer for
+            bytes               its memory
+
+        What it does not count is left out.
+        """
 
 
 class NoGate:
     """Everything is asked of Python."""
+
+    native = False
 
     def publish_directory(
         self, directory: NodeId, names: Mapping[bytes, Name], plain: Mapping[Any, Plain]
@@ -99,7 +151,16 @@ class NoGate:
     def retract_name(self, directory: NodeId, name: bytes) -> None:
         pass
 
+    def tell_attributes(self, node: NodeId, shown: Shown) -> None:
+        pass
+
     def retract_attributes(self, node: NodeId) -> None:
+        pass
+
+    def tell_no_capability(self, node: NodeId) -> None:
+        pass
+
+    def retract_capability(self, node: NodeId) -> None:
         pass
 
     def claim(self, node: NodeId) -> None:
@@ -120,7 +181,16 @@ class NoGate:
     def adopt(self, directory: NodeId, name: bytes) -> int:
         return 0
 
-    def give_back(self, directory: NodeId, name: bytes) -> None:
+    def give_back(self, directory: NodeId, name: bytes, is_dir: bool) -> None:
+        pass
+
+    def lend(self, handle: int, fd: int, writes: bool) -> None:
+        pass
+
+    def take_back(self, handle: int) -> None:
+        pass
+
+    def hold_writes(self, held: bool) -> None:
         pass
 
     def switch(self, node: NodeId, fd: int) -> None:
@@ -129,7 +199,9 @@ class NoGate:
     def arrange(self, directory: NodeId, names: Iterable[bytes]) -> list[bytes]:
         return list(names)
 
-    def list_names(self, handle: int, directory: NodeId, parent: NodeId, names: list[bytes]) -> None:
+    def list_names(
+        self, handle: int, directory: NodeId, parent: NodeId, names: list[bytes], fresh: bool
+    ) -> None:
         pass
 
     def answers(self, directory: NodeId, name: bytes) -> bool:

@@ -21,6 +21,8 @@
 /* The most that the kernel ever reads at once: max_pages is 16 bits. */
 #define READ_MAX (256u << 20)
 #define DOTS 2
+/* Bytes of a WRITE that is done in place. */
+#define WRITE_MAX (64 << 10)
 
 /* Not in the headers of older distributions. */
 #define OPCODE_STATX 52
@@ -46,6 +48,17 @@ void gate_free(struct gate *gate)
 {
 	for (size_t at = 0; gate->listings.slots && at <= gate->listings.mask; at++)
 		free_listing(gate->listings.slots[at].value);
+	for (size_t at = 0; gate->told.slots && at <= gate->told.mask; at++)
+		free(gate->told.slots[at].value);
+	map_free(&gate->told);
+	for (size_t at = 0; gate->lent.slots && at <= gate->lent.mask; at++)
+		if (gate->lent.slots[at].key) {
+			struct lent *lent = gate->lent.slots[at].value;
+
+			close(lent->fd);
+			free(lent);
+		}
+	map_free(&gate->lent);
 	map_free(&gate->listings);
 	map_free(&gate->asked);
 	files_free(&gate->files);
@@ -54,6 +67,57 @@ void gate_free(struct gate *gate)
 	if (gate->device >= 0)
 		close(gate->device);
 	memset(gate, 0, sizeof(*gate));
+}
+
+struct told *gate_tell(struct gate *gate, uint64_t id)
+{
+	struct told *told = map_get(&gate->told, id);
+
+	if (told)
+		return told;
+	told = calloc(1, sizeof(*told));
+	if (told && !map_put(&gate->told, id, told)) {
+		free(told);
+		return NULL;
+	}
+	return told;
+}
+
+void gate_untell(struct gate *gate, uint64_t id)
+{
+	free(map_take(&gate->told, id));
+}
+
+bool gate_lend(struct gate *gate, uint64_t handle, int fd, bool writes)
+{
+	struct lent *lent = map_get(&gate->lent, handle);
+
+	if (lent) {
+		/* The number stays: a reader's thread may be about to use it. */
+		lent->writes = writes;
+		return dup3(fd, lent->fd, O_CLOEXEC) >= 0;
+	}
+	if (gate->lent.used + gate->files.open >= gate->files.limit)
+		return false;
+	lent = malloc(sizeof(*lent));
+	if (!lent)
+		return false;
+	*lent = (struct lent){fcntl(fd, F_DUPFD_CLOEXEC, 3), writes};
+	if (lent->fd >= 0 && map_put(&gate->lent, handle, lent))
+		return true;
+	if (lent->fd >= 0)
+		close(lent->fd);
+	free(lent);
+	return false;
+}
+
+void gate_take_back(struct gate *gate, uint64_t handle)
+{
+	struct lent *lent = map_take(&gate->lent, handle);
+
+	if (lent)
+		close(lent->fd);
+	free(lent);
 }
 
 /* -- replies -------------------------------------------------------------------------------------------------------- */
@@ -147,9 +211,14 @@ static enum verdict lookup(struct gate *gate, const struct fuse_in_header *in, c
 static enum verdict getattr(struct gate *gate, const struct fuse_in_header *in)
 {
 	struct known *known = map_get(&gate->facts.known, in->nodeid);
+	struct told *told = known ? NULL : map_get(&gate->told, in->nodeid);
 	struct fuse_attr_out out = {.attr_valid = FOR_EVER};
 	struct stat st;
 
+	if (told && told->has_attributes) {
+		fill(&out.attr, &told->attributes, in->nodeid);
+		return reply(gate, in, 0, &out, sizeof(out));
+	}
 	if (!known || !facts_stat(&gate->facts, known->directory, known->name, &st))
 		return PASSED;
 	fill(&out.attr, &st, known->id);
@@ -226,13 +295,14 @@ static enum verdict readlink_of(struct gate *gate, const struct fuse_in_header *
 	return reply(gate, in, 0, target, (size_t)length);
 }
 
-/* The working directory is /proc: see layerfs.fdutil.stand_in_proc. */
-static bool has_no_xattrs(int fd, const char *text)
+/* The kernel does before the first write to a file. */
+static bool asks_for_capability(const struct gate *gate, const struct fuse_in_header *in, const char *body, size_t size)
 {
-	char path[300];
+	static const char name[] = "security.capability";
+	const struct told *told = map_get(&gate->told, in->nodeid);
 
-	snprintf(path, sizeof(path), "self/fd/%d/%s", fd, text);
-	return llistxattr(path, NULL, 0) == 0;
+	return told && told->no_capability && size >= sizeof(struct fuse_getxattr_in) + sizeof(name) &&
+	       !memcmp(body + sizeof(struct fuse_getxattr_in), name, sizeof(name));
 }
 
 static enum verdict xattr(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
@@ -243,9 +313,11 @@ static enum verdict xattr(struct gate *gate, const struct fuse_in_header *in, co
 	char text[256];
 	int fd;
 
+	if (in->opcode == FUSE_GETXATTR && asks_for_capability(gate, in, body, size))
+		return reply(gate, in, ENODATA, NULL, 0);
 	if (!gate->xattrs || !known || size < sizeof(arg) || (fd = place_of(gate, known, text)) < 0)
 		return PASSED;
-	if (!has_no_xattrs(fd, text))
+	if (!facts_bare(fd, text))
 		return PASSED;
 	memcpy(&arg, body, sizeof(arg));
 	if (in->opcode == FUSE_GETXATTR)
@@ -275,18 +347,18 @@ static enum verdict statfs(struct gate *gate, const struct fuse_in_header *in)
 
 /* -- listing -------------------------------------------------------------------------------------------------------- */
 
-bool gate_list(struct gate *gate, uint64_t handle, uint64_t directory, uint64_t parent, uint32_t *order, uint32_t count)
+bool gate_list(struct gate *gate, uint64_t handle, uint64_t directory, uint64_t parent, uint32_t *order, uint32_t count,
+	       bool fresh)
 {
 	struct listing *listing = malloc(sizeof(*listing));
 	struct directory *listed = facts_directory(&gate->facts, directory);
-	bool first = !map_has(&gate->listings, handle);
 
 	gate_unlist(gate, handle);
 	if (!listing || !listed) {
 		free(listing);
 		return false;
 	}
-	*listing = (struct listing){directory, parent, order, count, listed->changes, first};
+	*listing = (struct listing){directory, parent, order, count, listed->changes, fresh};
 	if (map_put(&gate->listings, handle, listing))
 		return true;
 	free(listing);
@@ -433,18 +505,26 @@ static enum verdict read_file(struct gate *gate, const struct fuse_in_header *in
 {
 	struct fuse_read_in arg;
 	struct file *file;
+	struct lent *lent;
 	struct stat st;
 	struct iovec part;
 	ssize_t got;
+	int fd;
 
 	if (size < sizeof(arg))
 		return PASSED;
 	memcpy(&arg, body, sizeof(arg));
-	if (!(arg.fh & NATIVE_HANDLE))
-		return PASSED;
-	file = files_get(&gate->files, arg.fh);
-	if (!file)
-		return reply(gate, in, EBADF, NULL, 0);
+	if (arg.fh & NATIVE_HANDLE) {
+		file = files_get(&gate->files, arg.fh);
+		if (!file)
+			return reply(gate, in, EBADF, NULL, 0);
+		fd = file->fd;
+	} else {
+		lent = map_get(&gate->lent, arg.fh);
+		if (!lent)
+			return PASSED;
+		fd = lent->fd;
+	}
 	if (arg.size > READ_MAX || arg.offset > INT64_MAX) /* preadv2 takes -1 for "where it is" */
 		return reply(gate, in, EINVAL, NULL, 0);
 	if (gate->reply_size < arg.size) {
@@ -456,15 +536,51 @@ static enum verdict read_file(struct gate *gate, const struct fuse_in_header *in
 		gate->reply_size = arg.size;
 	}
 	part = (struct iovec){gate->reply, arg.size};
-	got = preadv2(file->fd, &part, 1, (off_t)arg.offset, RWF_NOWAIT);
+	got = preadv2(fd, &part, 1, (off_t)arg.offset, RWF_NOWAIT);
 	if (got >= 0 && ((uint32_t)got == arg.size ||
-			 (!fstat(file->fd, &st) && (off_t)(arg.offset + (uint64_t)got) >= st.st_size)))
+			 (!fstat(fd, &st) && (off_t)(arg.offset + (uint64_t)got) >= st.st_size))) {
+		gate->bytes_read += (size_t)got;
 		return reply(gate, in, 0, gate->reply, (size_t)got);
+	}
 	if (got < 0 && errno != EAGAIN && errno != EOPNOTSUPP)
 		return reply(gate, in, errno, NULL, 0);
-	if (!reader_read(gate->device, in->unique, file->fd, arg.offset, arg.size))
+	if (!reader_read(gate->device, in->unique, fd, arg.offset, arg.size))
 		return reply(gate, in, ENOMEM, NULL, 0);
+	gate->bytes_read += arg.size; /* fewer at the end of the file */
 	return ANSWERED;
+}
+
+/* libfuse hands on no write_flags: the handle says what they would. */
+static enum verdict pass_write(const struct gate *gate, struct fuse_write_in *arg, char *body)
+{
+	bool told = gate->init_flags & gate->extra_init_flags & FUSE_HANDLE_KILLPRIV_V2;
+
+	if (told && !(arg->write_flags & FUSE_WRITE_KILL_SUIDGID)) {
+		arg->fh |= KEEPS_SETID;
+		memcpy(body, arg, sizeof(*arg));
+	}
+	return PASSED;
+}
+
+/* What goes into the page cache at once; larger ones, and whatever does not go through smoothly, are Python's, which has
+ * threads for them and remembers what an fsync has to tell. */
+static enum verdict write_file(struct gate *gate, const struct fuse_in_header *in, char *body, size_t size)
+{
+	struct fuse_write_in arg;
+	struct fuse_write_out out = {0};
+	struct lent *lent;
+
+	if (size < sizeof(arg))
+		return PASSED;
+	memcpy(&arg, body, sizeof(arg));
+	lent = gate->holds_writes ? NULL : map_get(&gate->lent, arg.fh);
+	if (!lent || !lent->writes || arg.size > WRITE_MAX || size - sizeof(arg) < arg.size)
+		return pass_write(gate, &arg, body);
+	if (pwrite(lent->fd, body + sizeof(arg), arg.size, (off_t)arg.offset) != (ssize_t)arg.size)
+		return pass_write(gate, &arg, body);
+	gate->bytes_written += arg.size;
+	out.size = arg.size;
+	return reply(gate, in, 0, &out, sizeof(out));
 }
 
 static enum verdict release(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
@@ -544,6 +660,8 @@ static enum verdict decide(struct gate *gate, struct fuse_in_header *in, char *b
 		return open_file(gate, in, body, size);
 	case FUSE_READ:
 		return read_file(gate, in, body, size);
+	case FUSE_WRITE:
+		return write_file(gate, in, body, size);
 	case FUSE_RELEASE:
 	case FUSE_RELEASEDIR:
 		return release(gate, in, body, size);

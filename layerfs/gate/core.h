@@ -38,6 +38,7 @@ void map_free(struct map *map);
 enum {
 	NAME_ASK = 0,   /* Python knows */
 	NAME_PLAIN = 1, /* an object of one lower, shown as it is there, but for its number */
+	NAME_PLAIN_DIRECTORY = 2, /* such a directory: it has no xattrs, or Python is asked */
 };
 
 /* A lower directory that names of a merged directory lie in. */
@@ -54,7 +55,8 @@ struct name {
 	uint32_t text; /* offset in `directory.text` */
 	uint16_t home;
 	uint8_t length;
-	uint8_t kind; /* NAME_* */
+	uint8_t kind : 4;  /* NAME_* */
+	uint8_t first : 4; /* it was NAME_ASK when it came: listed before the others. Never changes: see `arrange` */
 };
 
 struct directory {
@@ -107,8 +109,10 @@ int64_t facts_find(const struct facts *facts, const struct directory *directory,
  * forgotten. */
 bool facts_retract(struct facts *facts, struct directory *directory, const char *name, size_t length);
 
+/* Whether the object has no xattrs at all. */
+bool facts_bare(int directory, const char *name);
 /* Python let go of the node of a name that means what it meant when it was published. */
-void facts_give_back(struct directory *directory, uint32_t position);
+void facts_give_back(struct directory *directory, uint32_t position, uint8_t kind);
 
 /* lstat of a plain name. False: not as published (changed from outside, several links, an error): ask Python. */
 bool facts_stat(struct facts *facts, struct directory *directory, uint32_t name, struct stat *st);
@@ -126,6 +130,8 @@ uint64_t facts_adopt(struct facts *facts, struct directory *directory, uint32_t 
 /* -- files.c: files opened here, and threads that read them --------------------------------------------------------- */
 
 #define NATIVE_HANDLE (UINT64_C(1) << 63)
+/* In the handle of a WRITE on its way to Python: the writer has CAP_FSETID (fuse/adapter.py). */
+#define KEEPS_SETID (UINT64_C(1) << 62)
 
 struct file {
 	uint64_t node;
@@ -159,26 +165,43 @@ enum verdict {
 
 #define OPCODES 64
 
+/* What Python said of an object that it has a node for. */
+struct told {
+	struct stat attributes; /* st_ino is the node id */
+	bool has_attributes;
+	bool no_capability; /* it has no security.capability */
+};
+
+/* A file that Python opened and lets the gate read, and write. */
+struct lent {
+	int fd; /* ours */
+	bool writes;
+};
+
 struct listing {
 	uint64_t directory, parent;
 	uint32_t *order; /* positions in the directory's names */
 	uint32_t count;
 	uint32_t changes; /* of the directory when `order` was made */
-	bool fresh; /* not read from its start yet: made by OPENDIR, not by a READDIRPLUS that rewound */
+	bool fresh; /* not read from its start yet */
 };
 
 struct gate {
 	struct facts facts;
 	struct files files;
 	struct map listings; /* handle of pyfuse3 -> struct listing */
+	struct map told;     /* node id -> struct told */
+	struct map lent;     /* handle of pyfuse3 -> struct lent */
 	struct map asked;    /* unique -> opcode: what Python has not replied to */
 	int device;
 	int statfs; /* descriptor to ask, or -1 */
 	bool xattrs; /* users see them */
 	bool carries; /* somebody takes CARRIED frames */
 	bool hooked;
+	bool holds_writes; /* every WRITE is Python's */
 	uint64_t init_unique, init_flags;
 	uint64_t extra_init_flags; /* asked for beside libfuse's, where the kernel offers them */
+	uint64_t bytes_read, bytes_written;
 	uint64_t natively[OPCODES], passed[OPCODES];
 	char *reply; /* room for a listing */
 	size_t reply_size;
@@ -192,9 +215,17 @@ bool gate_init(struct gate *gate, uint32_t descriptors, uint64_t resolve);
 void gate_free(struct gate *gate);
 /* `size` may become smaller (BATCH_FORGET). */
 enum verdict gate_answer(struct gate *gate, void *frame, size_t *size);
-/* Where a name of a directory comes from, for a listing. Order: positions. False: no memory. */
-bool gate_list(struct gate *gate, uint64_t handle, uint64_t directory, uint64_t parent, uint32_t *order, uint32_t count);
+/* The open directory `handle` lists the names at the positions `order`, which becomes the gate's. `fresh`: a read from
+ * the start need not look again. False: no memory. */
+bool gate_list(struct gate *gate, uint64_t handle, uint64_t directory, uint64_t parent, uint32_t *order, uint32_t count,
+	       bool fresh);
 void gate_unlist(struct gate *gate, uint64_t handle);
+/* What is told of a node, made if need be; NULL without memory. */
+struct told *gate_tell(struct gate *gate, uint64_t id);
+void gate_untell(struct gate *gate, uint64_t id);
+/* `handle` may be read here through a duplicate of `fd`, and written. False: no memory or descriptor. */
+bool gate_lend(struct gate *gate, uint64_t handle, int fd, bool writes);
+void gate_take_back(struct gate *gate, uint64_t handle);
 /* 0, or -errno. */
 int gate_reply(int device, uint64_t unique, int error, const void *payload, size_t size);
 

@@ -4,10 +4,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
 #include <sys/syscall.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 /* Real inode numbers that fit below the number of the layer (inodes/numbers.py). */
@@ -218,7 +220,7 @@ bool facts_name(struct facts *facts, struct directory *directory, const char *te
 		kind = NAME_ASK;
 	memcpy(directory->text + directory->text_used, text, length);
 	directory->names[directory->count] =
-		(struct name){real, directory->text_used, home, (uint8_t)length, kind};
+		(struct name){real, directory->text_used, home, (uint8_t)length, kind & 15, kind == NAME_ASK};
 	directory->text_used += (uint32_t)length;
 	note(facts, directory, directory->count++);
 	return true;
@@ -271,10 +273,10 @@ bool facts_retract(struct facts *facts, struct directory *directory, const char 
 	return true;
 }
 
-void facts_give_back(struct directory *directory, uint32_t position)
+void facts_give_back(struct directory *directory, uint32_t position, uint8_t kind)
 {
 	if (directory->names[position].real)
-		directory->names[position].kind = NAME_PLAIN;
+		directory->names[position].kind = kind & 15;
 }
 
 /* -- objects -------------------------------------------------------------------------------------------------------- */
@@ -305,6 +307,15 @@ int facts_open_home(struct facts *facts, struct home *home)
 	return fd;
 }
 
+/* The working directory is /proc: see layerfs.fdutil.stand_in_proc. */
+bool facts_bare(int fd, const char *text)
+{
+	char path[300];
+
+	snprintf(path, sizeof(path), "self/fd/%d/%s", fd, text);
+	return llistxattr(path, NULL, 0) == 0;
+}
+
 /* A copy of a name with the end that system calls want. */
 static void name_of(const struct directory *directory, const struct name *name, char text[256])
 {
@@ -318,14 +329,18 @@ bool facts_stat(struct facts *facts, struct directory *directory, uint32_t posit
 	char text[256];
 	int fd;
 
-	if (name->kind != NAME_PLAIN)
+	if (name->kind == NAME_ASK)
 		return false;
 	fd = facts_open_home(facts, &directory->homes[name->home]);
 	name_of(directory, name, text);
 	if (fd < 0 || fstatat(fd, text, st, AT_SYMLINK_NOFOLLOW))
 		return false;
+	if (st->st_ino != name->real)
+		return false;
+	if (name->kind == NAME_PLAIN_DIRECTORY) /* a mark might say that it lies elsewhere */
+		return S_ISDIR(st->st_mode) && facts_bare(fd, text);
 	/* Of several links Python knows how many are seen. */
-	return st->st_ino == name->real && st->st_nlink == 1 && !S_ISDIR(st->st_mode);
+	return st->st_nlink == 1 && !S_ISDIR(st->st_mode);
 }
 
 struct known *facts_know(struct facts *facts, struct directory *directory, uint32_t position)
@@ -371,7 +386,7 @@ uint64_t facts_adopt(struct facts *facts, struct directory *directory, uint32_t 
 	struct known *known;
 	uint64_t lookups;
 
-	if (name->kind != NAME_PLAIN)
+	if (name->kind == NAME_ASK)
 		return 0;
 	name->kind = NAME_ASK;
 	known = map_get(&facts->known, directory->homes[name->home].base | name->real);

@@ -1,4 +1,4 @@
-# cython: language_level=3, freethreading_compatible=False
+# cython: language_level=3, cdivision=False
 """The native gate (`core.h`) for Python. All methods belong to the thread that runs pyfuse3."""
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -8,9 +8,28 @@ import errno as _errno
 import os
 
 
+cdef extern from "<sys/stat.h>" nogil:
+    struct timespec:
+        int64_t tv_sec
+        long tv_nsec
+
+    struct stat:
+        uint32_t st_mode
+        uint64_t st_nlink
+        uint32_t st_uid
+        uint32_t st_gid
+        uint64_t st_rdev
+        int64_t st_size
+        int64_t st_blksize
+        int64_t st_blocks
+        timespec st_atim
+        timespec st_mtim
+        timespec st_ctim
+
+
 cdef extern from "core.h":
     int OPCODES
-    int NAME_ASK, NAME_PLAIN
+    int NAME_ASK, NAME_PLAIN, NAME_PLAIN_DIRECTORY
 
     struct map:
         size_t used
@@ -20,6 +39,7 @@ cdef extern from "core.h":
         uint32_t text
         uint8_t length
         uint8_t kind
+        uint8_t first
 
     struct directory:
         uint64_t id
@@ -43,8 +63,14 @@ cdef extern from "core.h":
     struct files:
         uint32_t open
 
+    struct told:
+        stat attributes
+        bint has_attributes
+        bint no_capability
+
     struct gate:
         facts facts
+        map told
         files files
         map asked
         int device
@@ -52,6 +78,9 @@ cdef extern from "core.h":
         bint xattrs
         bint carries
         bint hooked
+        bint holds_writes
+        uint64_t bytes_read
+        uint64_t bytes_written
         uint64_t init_flags
         uint64_t extra_init_flags
         uint64_t natively[64]
@@ -72,12 +101,16 @@ cdef extern from "core.h":
     directory *facts_directory(const facts *, uint64_t) nogil
     int64_t facts_find(const facts *, const directory *, const char *, size_t) nogil
     bint facts_retract(facts *, directory *, const char *, size_t) nogil
-    void facts_give_back(directory *, uint32_t) nogil
+    void facts_give_back(directory *, uint32_t, uint8_t) nogil
     uint64_t facts_adopt(facts *, directory *, uint32_t) nogil
     int files_switch(files *, uint64_t, int) nogil
     bint gate_init(gate *, uint32_t, uint64_t) nogil
     void gate_free(gate *) nogil
-    bint gate_list(gate *, uint64_t, uint64_t, uint64_t, uint32_t *, uint32_t) nogil
+    bint gate_list(gate *, uint64_t, uint64_t, uint64_t, uint32_t *, uint32_t, bint) nogil
+    told *gate_tell(gate *, uint64_t) nogil
+    void gate_untell(gate *, uint64_t) nogil
+    bint gate_lend(gate *, uint64_t, int, bint) nogil
+    void gate_take_back(gate *, uint64_t) nogil
     int gate_reply(int, uint64_t, int, const void *, size_t) nogil
     bint hook_serve(const char *) nogil
     void hook_arm(gate *) nogil
@@ -87,6 +120,7 @@ cdef extern from "core.h":
 #: What INIT asks for beside libfuse's own flags (linux/fuse.h).
 CACHE_SYMLINKS = 1 << 23
 DONT_MASK = 1 << 6
+HANDLE_KILLPRIV_V2 = 1 << 28
 
 def serve(library: bytes):
     """Says whose calls of libfuse come through this module from now on: the shared object at that path. Raises
@@ -112,6 +146,13 @@ cdef void _carry(const void *frame, size_t size) noexcept with gil:
         _live.on_carry((<const unsigned char *>frame)[:size])
     except BaseException:  # the event loop is ending: nobody will answer
         gate_reply(_gate.device, (<const uint64_t *>frame)[1], _errno.EIO, NULL, 0)
+
+
+cdef _split(ns, timespec *into):
+    # As Python's integers: nanoseconds of far years have more than 64 bits.
+    seconds, left = divmod(ns, 1000000000)
+    into.tv_sec = seconds
+    into.tv_nsec = left
 
 
 cdef void _let_go(uint64_t id) noexcept with gil:
@@ -143,8 +184,11 @@ cdef class NativeGate:
         _gate.xattrs = xattrs
         _gate.let_go = _let_go
         _gate.carry = _carry
-        _gate.extra_init_flags = CACHE_SYMLINKS
+        _gate.extra_init_flags = CACHE_SYMLINKS | DONT_MASK | HANDLE_KILLPRIV_V2
         _live = self
+
+    #: somebody answers from what is published
+    native = True
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -186,7 +230,7 @@ cdef class NativeGate:
     # -- facts ------------------------------------------------------------------------------------
 
     def publish_directory(self, uint64_t id, names, plain):
-        """`names`: name -> entry with `home`, `real`, `is_dir`, `node`; `plain`: home -> (descriptor of its
+        """`names`: name -> entry with `home`, `real`, `is_dir`, `lowers`, `node`; `plain`: home -> (descriptor of its
         layer's root, path, what makes real inode numbers shown ones)."""
         cdef directory *made
         cdef uint16_t home
@@ -207,10 +251,10 @@ cdef class NativeGate:
             kind = NAME_ASK
             home = 0
             real = 0
-            if not entry.is_dir and entry.node is None:
+            if entry.node is None and not (entry.is_dir and len(entry.lowers) > 1):
                 number = numbers.get(entry.home)
                 if number is not None:
-                    kind = NAME_PLAIN
+                    kind = NAME_PLAIN_DIRECTORY if entry.is_dir else NAME_PLAIN
                     home = number
                     real = entry.real
             if not facts_name(&_gate.facts, made, name, len(name), kind, home, real):
@@ -223,8 +267,41 @@ cdef class NativeGate:
         if found != NULL and not facts_retract(&_gate.facts, found, name, len(name)):
             self._forget_directory(id)
 
+    def tell_attributes(self, uint64_t id, shown):
+        """`shown`: as `vfs.tree.Attributes`."""
+        cdef told *entry = gate_tell(&_gate, id)
+        cdef stat *to
+        if entry == NULL:
+            return
+        st = shown.st
+        to = &entry.attributes
+        to.st_mode = st.st_mode
+        to.st_nlink = shown.nlink
+        to.st_uid = shown.uid
+        to.st_gid = shown.gid
+        to.st_rdev = st.st_rdev
+        to.st_size = st.st_size
+        to.st_blksize = st.st_blksize
+        to.st_blocks = shown.blocks
+        _split(st.st_atime_ns, &to.st_atim)
+        _split(st.st_mtime_ns, &to.st_mtim)
+        _split(shown.ctime_ns, &to.st_ctim)
+        entry.has_attributes = True
+
     def retract_attributes(self, uint64_t id):
-        pass  # nothing of what Python has a node for is published
+        cdef told *entry = <told *>map_get(&_gate.told, id)
+        if entry != NULL:
+            entry.has_attributes = False
+
+    def tell_no_capability(self, uint64_t id):
+        cdef told *entry = gate_tell(&_gate, id)
+        if entry != NULL:
+            entry.no_capability = True
+
+    def retract_capability(self, uint64_t id):
+        cdef told *entry = <told *>map_get(&_gate.told, id)
+        if entry != NULL:
+            entry.no_capability = False
 
     def claim(self, uint64_t id):
         """Python makes a node with this id."""
@@ -234,6 +311,7 @@ cdef class NativeGate:
     def forget(self, uint64_t id):
         """Python has no such node any more."""
         map_take(&_gate.facts.claimed, id)
+        gate_untell(&_gate, id)
         self._forget_directory(id)
 
     cdef _forget_directory(self, uint64_t id):
@@ -275,14 +353,25 @@ cdef class NativeGate:
         position = facts_find(&_gate.facts, found, name, len(name))
         return 0 if position < 0 else facts_adopt(&_gate.facts, found, <uint32_t>position)
 
-    def give_back(self, uint64_t id, bytes name):
+    def give_back(self, uint64_t id, bytes name, bint is_dir):
         """Python let go of the node of a name that is what it was when it was published."""
         cdef directory *found = facts_directory(&_gate.facts, id)
         cdef int64_t position
         if found != NULL:
             position = facts_find(&_gate.facts, found, name, len(name))
             if position >= 0:
-                facts_give_back(found, <uint32_t>position)
+                facts_give_back(found, <uint32_t>position, NAME_PLAIN_DIRECTORY if is_dir else NAME_PLAIN)
+
+    def lend(self, uint64_t handle, int fd, bint writes):
+        """Files that Python opened may be read here, and written."""
+        if not gate_lend(&_gate, handle, fd, writes):
+            gate_take_back(&_gate, handle)
+
+    def take_back(self, uint64_t handle):
+        gate_take_back(&_gate, handle)
+
+    def hold_writes(self, bint held):
+        _gate.holds_writes = held
 
     def switch(self, uint64_t id, int fd):
         """Files of a node that were opened here read `fd` from now on. Raises OSError."""
@@ -292,7 +381,10 @@ cdef class NativeGate:
     # -- listing ----------------------------------------------------------------------------------
 
     def arrange(self, uint64_t id, names):
-        """`names` with those first that Python must answer for."""
+        """`names` with those first that Python had to answer for when they came.
+
+        The kernel keeps a listing for all who open the directory, by the offsets of whoever read it (fs/fuse/readdir.c
+        fuse_add_dirent_to_cache): the order may not depend on anything but changes that it knows of."""
         cdef directory *found = facts_directory(&_gate.facts, id)
         cdef int64_t position
         if found == NULL:
@@ -301,14 +393,14 @@ cdef class NativeGate:
         plain = []
         for name in names:
             position = facts_find(&_gate.facts, found, name, len(name))
-            if position >= 0 and found.names[position].kind == NAME_PLAIN:
+            if position >= 0 and not found.names[position].first:
                 plain.append(name)
             else:
                 asked.append(name)
         return asked + plain
 
-    def list_names(self, uint64_t handle, uint64_t id, uint64_t parent, names):
-        """`handle` lists `names` (as arranged) of a directory."""
+    def list_names(self, uint64_t handle, uint64_t id, uint64_t parent, names, bint fresh):
+        """`handle` lists `names` (as arranged) of a directory; `fresh`: its first read need not look again."""
         cdef directory *found = facts_directory(&_gate.facts, id)
         cdef uint32_t *order
         cdef int64_t position
@@ -325,7 +417,7 @@ cdef class NativeGate:
                 return
             order[count] = <uint32_t>position
             count += 1
-        if not gate_list(&_gate, handle, id, parent, order, count):
+        if not gate_list(&_gate, handle, id, parent, order, count, fresh):
             free(order)
 
     def answers(self, uint64_t id, bytes name):
@@ -335,13 +427,14 @@ cdef class NativeGate:
         if found == NULL:
             return False
         position = facts_find(&_gate.facts, found, name, len(name))
-        return position >= 0 and found.names[position].kind == NAME_PLAIN
+        return position >= 0 and found.names[position].kind != NAME_ASK
 
     # -- looking in -------------------------------------------------------------------------------
 
     def counters(self):
-        """name -> number: requests `native.OPCODE` and `passed.OPCODE`, `entries`, `known`, `bytes`."""
-        counts = {"entries": _gate.facts.names, "known": _gate.facts.known.used, "bytes": _gate.facts.bytes}
+        """As `layerfs.gate.Gate`."""
+        counts = {"entries": _gate.facts.names, "known": _gate.facts.known.used, "bytes": _gate.facts.bytes,
+                  "read": _gate.bytes_read, "written": _gate.bytes_written}
         for opcode in range(64):
             name = OPCODE_NAMES.get(opcode, f"opcode{opcode}")
             if _gate.natively[opcode]:

@@ -39,6 +39,8 @@ class XattrNames:
         #: layerfs's own: the inode number shown, in ASCII. The kernel hides and ignores names under its
         #: prefix that it does not know.
         self.ino = prefix + "layerfs.ino"
+        #: layerfs's own: the birth time shown, in ns since 1970, in ASCII.
+        self.btime = prefix + "layerfs.btime"
         #: layerfs's own, on a directory: it holds objects with such a number. `impure` says nearly the same,
         #: but the kernel takes it away again where its own rules need none (fs/overlayfs/readdir.c
         #: ovl_dir_read_impure).

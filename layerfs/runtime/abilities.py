@@ -11,6 +11,7 @@ import stat
 import sys
 from dataclasses import dataclass
 
+from layerfs import gate
 from layerfs.errors import LayerfsError, MountError
 from layerfs.fdutil.mountinfo import read_mountinfo
 from layerfs.runtime import mounts, preflight
@@ -43,6 +44,7 @@ def machine() -> list[Finding]:
         Finding("user", None, _user()),
         Finding("python", None, sys.version.split()[0]),
         _library(),
+        _gate(),
         _fuse_device(),
         _fusermount(),
         _allow_other(),
@@ -71,10 +73,16 @@ def _library() -> Finding:
 
     try:
         versions = {name: importlib.metadata.version(name) for name in ("pyfuse3", "trio")}
-        import pyfuse3  # noqa: F401 - it is the loading that may fail: a missing libfuse3
+        gate.import_pyfuse3()  # it is the loading that may fail: a missing libfuse3
     except (ImportError, importlib.metadata.PackageNotFoundError) as error:
         return Finding("pyfuse3", False, str(error), needed=True)
     return Finding("pyfuse3", True, f"{versions['pyfuse3']}, trio {versions['trio']}", needed=True)
+
+
+def _gate() -> Finding:
+    if gate.unavailable is not None:
+        return Finding("gate", None, f"no: {gate.unavailable}; mounts work without, only slower")
+    return Finding("gate", True, "native code answers what is known (-o gate=off: Python answers all)")
 
 
 def _fuse_device() -> Finding:

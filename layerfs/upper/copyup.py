@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from layerfs.fdutil import OwnedFd, at_path, copy_data, fd_path
+from layerfs.fdutil import Copied, OwnedFd, at_path, copy_data, fd_path
 from layerfs.overlay import override
 from layerfs.upper.steps import step
 from layerfs.upper.upper import Upper
@@ -35,6 +35,8 @@ class Source:
     ino: int
     #: value of the origin xattr
     origin: bytes = b""
+    #: birth time shown, kept on the copy of anything but a directory (ns since 1970); None: not known
+    born: int | None = None
 
     @property
     def path(self) -> bytes:
@@ -56,6 +58,8 @@ class Copy:
     #: the copy's own descriptor, read and write, for a regular file
     fd: OwnedFd | None
     st: os.stat_result
+    #: of its data
+    copied: Copied
 
 
 def make(
@@ -75,6 +79,7 @@ def make(
     work = upper.work.fd.fd
     temporary = upper.work.temporary()
     fd: OwnedFd | None = None
+    copied = Copied(0, False)
     st = source.st
     try:
         if stat.S_ISREG(st.st_mode) or (upper.overrides and not stat.S_ISLNK(st.st_mode)):
@@ -82,7 +87,7 @@ def make(
             fd = OwnedFd(os.open(temporary, flags, 0o600, dir_fd=work))
             step("copyup.created")
             if data is not None and size:
-                copy_data(data.fd, fd.fd, size, cancelled)
+                copied = copy_data(data.fd, fd.fd, size, cancelled)
             elif stat.S_ISREG(st.st_mode):
                 os.ftruncate(fd.fd, size)
             step("copyup.data")
@@ -99,7 +104,7 @@ def make(
     except BaseException:
         remove_tree(work, temporary)
         raise
-    return Copy(temporary, fd, result)
+    return Copy(temporary, fd, result, copied)
 
 
 def _target(source: Source) -> bytes:
@@ -113,7 +118,7 @@ def _target(source: Source) -> bytes:
     return os.pread(fd.fd, 4096, 0)
 
 
-def fill(upper: Upper, target: OwnedFd, data: OwnedFd, size: int, cancelled: Callable[[], bool]) -> None:
+def fill(upper: Upper, target: OwnedFd, data: OwnedFd, size: int, cancelled: Callable[[], bool]) -> Copied:
     """Copies the data of a metadata-only upper file into itself: for one with several names, which a rename
     would part.
 
@@ -121,7 +126,7 @@ def fill(upper: Upper, target: OwnedFd, data: OwnedFd, size: int, cancelled: Cal
     that of the crash. Raises OSError or Cancelled, the file as before."""
     before = os.fstat(target.fd)
     try:
-        copy_data(data.fd, target.fd, size, cancelled)
+        copied = copy_data(data.fd, target.fd, size, cancelled)
         if not upper.volatile:
             os.fsync(target.fd)
     except BaseException:
@@ -131,6 +136,7 @@ def fill(upper: Upper, target: OwnedFd, data: OwnedFd, size: int, cancelled: Cal
         raise
     os.utime(target.fd, ns=(before.st_atime_ns, before.st_mtime_ns))
     os.removexattr(target.fd, upper.names.metacopy)
+    return copied
 
 
 def make_directory(upper: Upper, source: Source) -> bytes:
@@ -167,6 +173,8 @@ def _copy_attributes(upper: Upper, source: Source, temporary: bytes, *, metacopy
         upper.record_ino(work, temporary, source.ino)
         if st.st_nlink > 1:
             _optional(lambda: os.setxattr(path, names.nlink, b"U+0", follow_symlinks=False))
+        if (born := source.born) is not None:
+            _optional(lambda: os.setxattr(path, names.btime, b"%d" % born, follow_symlinks=False))
     if own:
         upper.keep(path, st, follow=False)
         upper.set_real_mode(path, st.st_mode, is_dir=stat.S_ISDIR(st.st_mode))

@@ -20,6 +20,7 @@ from layerfs.fdutil import (
     RENAME_WHITEOUT,
     OwnedFd,
     at_path,
+    birth_time,
     fd_path,
     fs_uuid,
     lgetxattr,
@@ -154,20 +155,20 @@ class Upper:
             mode = override.private_mode(mode, is_dir=is_dir)
         os.chmod(path, mode & 0o777)
 
-    def chown(self, directory: int, name: bytes, uid: int, gid: int) -> None:
+    def chown(self, directory: int | None, name: bytes, uid: int, gid: int) -> None:
         """Of an object that keeps its owner itself: anything, or only links where others have it in an xattr;
-        there it is given where it can be. Raises OSError.
+        there it is given where it can be. `directory` None: `name` is a path that leads to exactly the
+        object. Raises OSError.
         """
         try:
-            os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
+            os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=directory is None)
         except PermissionError:
             if not self.overrides:
                 raise
 
-    def change_mode(self, fd: OwnedFd, change: Callable[[int], int]) -> None:
-        """Puts the mode of an open object through `change`. Raises OSError."""
+    def set_mode(self, fd: OwnedFd, mode: int) -> None:
+        """Of an open object. Raises OSError."""
         st = self.stat(fd)
-        mode = change(st.st_mode)
         if mode == st.st_mode:
             return
         if self.overrides:
@@ -228,6 +229,19 @@ class Upper:
         except OSError:
             return self.inode_log.get(parent, name, real) if self.inode_log else None
         return int(value) if value.isdigit() and len(value) < 20 else None
+
+    def birth_time(self, directory: int, name: bytes) -> int | None:
+        """When the object `name` in `directory`, or `directory` itself when `name` is empty, was made, as it
+        is to be shown: a copy says when its original was. In ns; None when it is not known. Raises OSError.
+        """
+        path = at_path(directory, name) if name else fd_path(directory)
+        try:
+            value = os.getxattr(path, self.names.btime, follow_symlinks=not name)
+        except OSError:
+            value = b""
+        if len(value) < 21 and value.removeprefix(b"-").isdigit():
+            return int(value)
+        return birth_time(directory, name)
 
     def hidden_links(self, directory: OwnedFd, name: bytes) -> int:
         """What to add to the link count of an upper inode: the kernel with index=on keeps a link to it in its

@@ -9,6 +9,8 @@ Who does what:
     rename      rename
     files       handles, data
     attributes  setattr, xattrs
+    inode_flags what chattr(1) sets
+    setid       what writing takes from the mode
 
 All state is touched on the event loop's thread only. Every operation has two halves: *prepare* may await
 (load directories, copy data), and

@@ -12,8 +12,9 @@ from layerfs.overlay import acl, override
 from layerfs.overlay.names import XattrNames
 from layerfs.overlay.owners import CAPABILITY
 from layerfs.upper.upper import Upper
+from layerfs.vfs import inode_flags, setid
 from layerfs.vfs.caller import Caller
-from layerfs.vfs.copyup import CopyUp, without_setid
+from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.node import Directory, File, Node
 from layerfs.vfs.tree import Tree, fail
 
@@ -68,7 +69,7 @@ class Attributes:
         target = self.tree.object_path(fd, name)
         path = fd_path(target.fd)
         if change.size is not None:
-            self._cut(node, target, change.size)
+            self._cut(node, target, change.size, caller)
         if self.upper.overrides and override.may_carry(os.fstat(target.fd)) and change != Change():
             self._keep(node, path, uid, gid, change.mode)
         elif change.uid is not None or change.gid is not None or change == Change():
@@ -82,6 +83,8 @@ class Attributes:
                 os.chmod(path, stat.S_IMODE(change.mode))
             if isinstance(node, File) and node.handles:
                 node.privileged = bool(change.mode & (stat.S_ISUID | stat.S_ISGID))
+                for handle in node.handles:
+                    self.tree.gate.lend(handle.id, handle.fd.fd, False)
         if change.atime_ns is not None or change.mtime_ns is not None:
             st = os.fstat(target.fd)
             atime = change.atime_ns if change.atime_ns is not None else st.st_atime_ns
@@ -99,7 +102,7 @@ class Attributes:
         st = self.tree.stat_real(node)
         new = stat.S_IMODE(st.st_mode if mode is None else mode)
         if (uid, gid) != (-1, -1) and not isinstance(node, Directory):
-            new = without_setid(new) if mode is None else new
+            new = _without_setid(new) if mode is None else new
             try:
                 os.removexattr(path, CAPABILITY)
             except OSError:
@@ -110,13 +113,13 @@ class Attributes:
             # The real bits too: they are what an ACL is read and written by.
             self.upper.set_real_mode(path, new, is_dir=isinstance(node, Directory))
 
-    def _cut(self, node: Node, target: OwnedFd, size: int) -> None:
+    def _cut(self, node: Node, target: OwnedFd, size: int, caller: Caller) -> None:
         """truncate(2); takes setuid away as a write does."""
         if not stat.S_ISREG(os.fstat(target.fd).st_mode):
             fail(errno.EIO)  # replaced from outside; opening a fifo would block
         writer = OwnedFd(self._open_for_writing(node, target))
         os.ftruncate(writer.fd, size)
-        self.upper.change_mode(writer, without_setid)
+        setid.clear(self.tree, self.upper, writer, caller, may_keep=True)
 
     @staticmethod
     def _open_for_writing(node: Node, target: OwnedFd) -> int:
@@ -131,6 +134,17 @@ class Attributes:
                     return os.dup(handle.fd.fd)
             raise
 
+    async def set_flags(self, node: Node, command: int, value: bytes, caller: Caller) -> None:
+        """Inode flags (`vfs.inode_flags`). A file is copied up with its data: what replaced it later would
+        not have them. Raises OSError."""
+        if isinstance(node, Directory):
+            self.copyup.directory(node)
+        elif isinstance(node, File):
+            await self.copyup.settle(node, caller)
+            await self.copyup.data(node, caller)
+        self.tree.changed(node)
+        inode_flags.set_flags(self.tree, node, command, value)
+
     # -- xattrs -----------------------------------------------------------------------------------
 
     async def set_xattr(self, node: Node, name: bytes, value: bytes, caller: Caller) -> None:
@@ -143,6 +157,7 @@ class Attributes:
             value = stored
         await self._into_upper(node, caller)
         self.tree.changed(node)
+        self.tree.gate.retract_capability(node.id)
         path, follow, _keep = self.tree.real_path(node)
         os.setxattr(path, attribute, value, follow_symlinks=follow)
         if attribute == acl.ACCESS and self.upper.overrides:
@@ -151,6 +166,20 @@ class Attributes:
             st = self.tree.stat_real(node)
             mode = stat.S_IMODE(st.st_mode) & ~0o777 | real & 0o777
             self.upper.keep(path, override.changed(st, mode=mode), follow=follow)
+        if attribute == acl.ACCESS:
+            self._drop_setgid(node, path, caller)
+
+    def _drop_setgid(self, node: Node, path: bytes, caller: Caller) -> None:
+        """Who sets an ACL without being in the group takes setgid away, as by chmod (fs/posix_acl.c
+        posix_acl_update_mode). For a chmod the kernel sees to it."""
+        st = self.tree.stat_real(node)
+        if not st.st_mode & stat.S_ISGID or caller.in_group(self.tree.shown_gid(st)) or caller.keeps_setid():
+            return
+        mode = stat.S_IMODE(st.st_mode) & ~stat.S_ISGID
+        if self.upper.overrides:
+            self.upper.keep(path, override.changed(st, mode=mode), follow=True)
+        else:
+            os.chmod(path, mode)
 
     async def remove_xattr(self, node: Node, name: bytes, caller: Caller) -> None:
         """Raises OSError."""
@@ -168,6 +197,12 @@ class Attributes:
         self.tree.changed(node)
         path, follow, _keep = self.tree.real_path(node)
         os.removexattr(path, attribute, follow_symlinks=follow)
+
+
+def _without_setid(mode: int) -> int:
+    """The mode after a chown: setuid goes, and setgid of an executable (chown(2))."""
+    mode &= ~stat.S_ISUID
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode
 
 
 def _stored(names: XattrNames, name: bytes) -> str:

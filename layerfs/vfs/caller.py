@@ -16,14 +16,56 @@ _WRITES = {
 }.get(os.uname().machine, frozenset[int]())
 
 
+#: Bit of CAP_FSETID in the masks of /proc/PID/status (linux/capability.h).
+_CAP_FSETID = 1 << 4
+#: What /proc/PID/ns/user says of the first user namespace (linux/nsfs.h USER_NS_INIT_INO).
+_FIRST_USER_NAMESPACE = b"user:[4026531837]"
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`pid` is the calling thread as the daemon's pid namespace sees it; 0 when it sees it not at all."""
+    """`pid` is the calling thread as the daemon's pid namespace sees it; 0 when it sees it not at all.
+
+    `umask` is what is still to be taken off the mode of something new: 0 where the kernel did it."""
 
     uid: int
     gid: int
     pid: int
     umask: int = 0
+
+    def keeps_setid(self) -> bool:
+        """Whether setuid and setgid stay when the caller writes to a file: CAP_FSETID in the first user
+        namespace, as fs/attr.c setattr_should_drop_suidgid asks for it. False where it cannot be known.
+
+        For callers that wait for our answer: they cannot change meanwhile."""
+        if self.pid == 0:
+            return False
+        try:
+            if not int(self._status(b"CapEff:")[0], 16) & _CAP_FSETID:
+                return False
+            return os.readlink(proc_path(b"%d/ns/user" % self.pid)) == _FIRST_USER_NAMESPACE
+        except (OSError, IndexError):
+            return False
+
+    def in_group(self, gid: int) -> bool:
+        """Whether the caller is a member of a group, its supplementary ones included as far as they can be
+        seen."""
+        if gid == self.gid:
+            return True
+        if self.pid == 0:
+            return False
+        try:
+            return b"%d" % gid in self._status(b"Groups:")
+        except OSError:
+            return False
+
+    def _status(self, field: bytes) -> list[bytes]:
+        """The words of one line of /proc/PID/status. Raises OSError."""
+        with open(proc_path(b"%d/status" % self.pid), "rb") as status:
+            for line in status:
+                if line.startswith(field):
+                    return line.split()[1:]
+        return []
 
     def interrupted(self) -> bool:
         """Whether a signal waits for the calling thread that it has neither blocked nor ignored.

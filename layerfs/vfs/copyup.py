@@ -18,14 +18,16 @@ from functools import partial
 
 import trio
 
-from layerfs.fdutil import Cancelled, OwnedFd, fd_path
+from layerfs.fdutil import Cancelled, Copied, OwnedFd, fd_path
 from layerfs.stack import Entry
 from layerfs.upper import copyup, journal
 from layerfs.upper.steps import step
 from layerfs.upper.upper import Upper
+from layerfs.vfs import setid
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.node import Directory, File, Node
+from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import Tree, fail
 
 log = logging.getLogger("layerfs.vfs")
@@ -42,11 +44,13 @@ _SWEPT_AT_ONCE = 100
 class Job:
     """One copy-up of one file (with all its names) that is under way."""
 
-    __slots__ = ("cancelled", "done", "ending", "error", "size", "waiters")
+    __slots__ = ("cancelled", "cutter", "done", "ending", "error", "size", "waiters")
 
-    def __init__(self, size: int | None) -> None:
+    def __init__(self, size: int | None, cutter: Caller) -> None:
         #: None: all data are copied; else only so many bytes, for a caller who cuts the file there
         self.size = size
+        #: that caller
+        self.cutter = cutter
         self.done = trio.Event()
         self.error: OSError | None = None
         self.waiters = 0
@@ -57,9 +61,17 @@ class Job:
 
 class CopyUp:
     def __init__(
-        self, tree: Tree, upper: Upper, links: LinkIndex, nursery: trio.Nursery, *, metacopy: bool
+        self,
+        tree: Tree,
+        upper: Upper,
+        links: LinkIndex,
+        nursery: trio.Nursery,
+        tally: Tally,
+        *,
+        metacopy: bool,
     ) -> None:
         self.tree = tree
+        self.tally = tally
         self.upper = upper
         self.links = links
         self.metacopy = metacopy
@@ -132,6 +144,7 @@ class CopyUp:
         directory.pin = self.upper.open_path(work, temporary)
         self.upper.discard(temporary)
         self._moved_up(directory, None, b"")
+        self.tally.directories += 1
         self.tree.keep_ctime(directory, st.st_ctime_ns)
         return directory.pin
 
@@ -152,6 +165,7 @@ class CopyUp:
             raise
         copyup.publish(self.upper, temporary, parent_fd, directory.name, replace=False)
         self._moved_up(directory, parent, directory.name)
+        self.tally.directories += 1
         self.tree.keep_ctime(parent, parent_ctime)
         self.tree.keep_ctime(directory, st.st_ctime_ns)
 
@@ -223,7 +237,7 @@ class CopyUp:
                     )
                     self._publish(node, copy, metacopy=False)
                     return
-                job = node.job = Job(size)
+                job = node.job = Job(size, caller)
                 node.users += 1
                 self._jobs.add(job)
                 self.nursery.start_soon(self._run, node, job, size)
@@ -301,7 +315,7 @@ class CopyUp:
                 raise Cancelled
             cut = length < st.st_size
             if cut and copy.fd is not None:
-                self._cut_short(copy.fd)
+                self._cut_short(copy.fd, job.cutter)
             if len(names) > 1:
                 record = await self._journal(node, copy, names)
                 self._publish_links(node, copy, names, record)
@@ -319,16 +333,19 @@ class CopyUp:
         fd = self.tree.open_real(*self.tree.where(node), os.O_RDWR)
         if data is None:
             os.removexattr(fd.fd, self.upper.names.metacopy)
+            copied = Copied(0, False)
         else:
             work = partial(copyup.fill, self.upper, fd, data, size, lambda: job.cancelled)
-            await trio.to_thread.run_sync(work, limiter=self._limiter)
+            copied = await trio.to_thread.run_sync(work, limiter=self._limiter)
+        self.tally.copied_up(copied)
         node.metacopy = False
         self._switch_handles(node, fd, False)
 
     def _source(self, node: File, st: os.stat_result) -> copyup.Source:
         fd, name = self.tree.where(node)
+        born = self.tree.birth_time(node)
         if not node.in_upper:
-            return copyup.Source(fd, name, st, node.id, self.upper.make_origin(fd.fd, name))
+            return copyup.Source(fd, name, st, node.id, self.upper.make_origin(fd.fd, name), born)
         # The copy is made in a thread; meanwhile the name may come to mean another file, so the object itself
         # is held.
         fd = self.tree.object_path(fd, name)
@@ -336,7 +353,7 @@ class CopyUp:
             origin = os.getxattr(fd_path(fd.fd), self.upper.names.origin)
         except OSError:
             origin = b""
-        return copyup.Source(fd, b"", st, node.id, origin)
+        return copyup.Source(fd, b"", st, node.id, origin, born)
 
     # -- publishing -------------------------------------------------------------------------------
 
@@ -368,6 +385,7 @@ class CopyUp:
             self.tree.keep_ctime(parent, parent_ctime)
         node.metacopy = metacopy
         self._moved_up(node, parent, name)
+        self.tally.copied_up(copy.copied, metacopy=metacopy)
         self._switch_handles(node, copy.fd, metacopy)
         self.tree.keep_ctime(node, old_ctime)
 
@@ -445,6 +463,7 @@ class CopyUp:
                 entry.node = node
                 self.tree.add_name(node, directory, name)
         self._moved_up(node, node.parent, node.name)
+        self.tally.copied_up(copy.copied)
         self._switch_handles(node, copy.fd, False)
         self.tree.keep_ctime(node, old_ctime)
 
@@ -458,11 +477,11 @@ class CopyUp:
             except OSError:
                 continue
 
-    def _cut_short(self, fd: OwnedFd) -> None:
+    def _cut_short(self, fd: OwnedFd, cutter: Caller) -> None:
         """A copy of fewer bytes than the file has is half of a truncate: the other half, mtime and setuid,
         belongs to it before it is shown (the caller that truncates has yet to wake up).
         """
-        self.upper.change_mode(fd, without_setid)
+        setid.clear(self.tree, self.upper, fd, cutter, may_keep=True)
         os.utime(fd.fd, ns=(os.fstat(fd.fd).st_atime_ns, time.time_ns()))
 
     def _switch_handles(self, node: File, fd: OwnedFd | None, metacopy: bool) -> None:
@@ -473,10 +492,5 @@ class CopyUp:
             return
         for handle in node.handles or ():
             handle.fd = fd
+            self.tree.gate.lend(handle.id, fd.fd, False)
         self.tree.gate.switch(node.id, fd.fd)
-
-
-def without_setid(mode: int) -> int:
-    """The mode after a write or truncate: setuid goes, and setgid of an executable (write(2), inode(7))."""
-    mode &= ~stat.S_ISUID
-    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from functools import partial
 
 import trio
 
-from layerfs.fdutil import OwnedFd
+from layerfs.fdutil import OwnedFd, copy_range, fallocate
 from layerfs.ids import HandleId
 from layerfs.upper.upper import Upper
+from layerfs.vfs import setid
 from layerfs.vfs.caller import Caller
-from layerfs.vfs.copyup import CopyUp, without_setid
+from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.node import Directory, File
+from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import Tree, fail
 
 #: Flags of open(2) that the backing descriptor gets as well. O_APPEND must not be among them: pwrite(2) would
@@ -25,7 +26,6 @@ _KEPT = os.O_ACCMODE | _SYNC
 #: Writes up to this size (bytes) are done on the event loop: a copy into the page cache is faster than waking
 #: a thread.
 _INLINE_WRITE = 64 << 10
-_SETID = stat.S_ISUID | stat.S_ISGID
 
 
 class Handle:
@@ -58,8 +58,9 @@ class DirectoryHandle:
 
 
 class Files:
-    def __init__(self, tree: Tree, upper: Upper | None, copyup: CopyUp | None) -> None:
+    def __init__(self, tree: Tree, upper: Upper | None, copyup: CopyUp | None, tally: Tally) -> None:
         self.tree = tree
+        self.tally = tally
         self.upper = upper
         self.copyup = copyup
         self._handles: dict[int, Handle] = {}
@@ -95,7 +96,7 @@ class Files:
             writer = fd
             if flags & os.O_ACCMODE == os.O_RDONLY:
                 writer = self.tree.open_real(*self.tree.where(node), os.O_WRONLY)
-            self._clear_setid(node, writer)
+            self._clear_setid(node, writer, caller, may_keep=True)
             os.ftruncate(writer.fd, 0)
             self.tree.changed(node)
         return self.adopt(node, fd, flags, caller)
@@ -119,12 +120,23 @@ class Files:
         node.users += 1
         if handle.writable:
             assert self.upper is not None
-            node.privileged = bool(self.upper.stat(fd).st_mode & _SETID)
+            node.privileged = bool(self.upper.stat(fd).st_mode & setid.SETID)
+        self.lend(handle)
         return handle
+
+    def lend(self, handle: Handle) -> None:
+        """Lets the gate read and write an open file, or no longer write, as things are now.
+
+        Not write: what a WRITE changes beside the data is done here (setuid; a ctime that was kept from
+        before the copy-up), and O_SYNC takes a disk's time."""
+        node = handle.node
+        writes = handle.writable and not handle.sync and not node.privileged
+        self.tree.gate.lend(handle.id, handle.fd.fd, writes and node.real not in self.tree.shown_ctimes)
 
     def release(self, id: int) -> None:
         handle = self._handles.pop(id, None)
         if handle is not None:
+            self.tree.gate.take_back(id)
             node = handle.node
             if node.handles is not None:
                 node.handles.discard(handle)
@@ -158,18 +170,20 @@ class Files:
             view = memoryview(buffer)[count:]
             rest = partial(_read_all, fd.fd, view, offset + count)
             count += await trio.to_thread.run_sync(rest, limiter=self._io)
+        self.tally.read += count
         return memoryview(buffer)[:count]
 
-    async def write(self, id: int, offset: int, data: bytes) -> int:
-        """Bytes written: fewer only where an error stopped it after some were. Raises OSError."""
+    async def write(self, id: int, offset: int, data: bytes, *, keeps_setid: bool = False) -> int:
+        """Bytes written: fewer only where an error stopped it after some were. `keeps_setid`: the writer is
+        known to have CAP_FSETID. Raises OSError."""
         handle = self.handle(id)
         node, fd = handle.node, handle.fd
-        if node.job is not None and self.copyup is not None:
-            await self.copyup.settle(node, Caller(0, 0, 0))
-            fd = handle.fd
-        if node.privileged:
-            self._clear_setid(node, fd)
+        if node.job is not None:
+            fd = await self._settled(handle, Caller(0, 0, 0))
+        if node.privileged and not keeps_setid:
+            self._clear_setid(node, fd, handle.opener, may_keep=False)
         self.tree.changed(node)
+        self.lend(handle)
         write = partial(_write_all, fd.fd, data, offset)
         if len(data) <= _INLINE_WRITE and not handle.sync:
             written, failure = write()
@@ -181,15 +195,57 @@ class Files:
             # A short count is the right answer to write(2), but the kernel does not look at it when it writes
             # back a mapping (fs/fuse/file.c fuse_writepage_end): the next fsync or msync tells.
             node.failure = failure
+        self.tally.written += written
         return written
 
-    def _clear_setid(self, node: File, fd: OwnedFd) -> None:
-        """A write takes setuid away, and setgid of an executable (write(2), inode(7)); capabilities the
-        backing file system drops.
-        """
+    async def _settled(self, handle: Handle, caller: Caller) -> OwnedFd:
+        """The descriptor of a handle once no copy-up of its file is under way. Raises OSError(EINTR)."""
+        if self.copyup is not None:
+            await self.copyup.settle(handle.node, caller)
+        return handle.fd
+
+    def _clear_setid(self, node: File, fd: OwnedFd, writer: Caller, *, may_keep: bool) -> None:
         assert self.upper is not None
-        self.upper.change_mode(fd, without_setid)
-        node.privileged = False
+        node.privileged = setid.clear(self.tree, self.upper, fd, writer, may_keep=may_keep)
+
+    async def _to_change(self, id: int, caller: Caller) -> OwnedFd:
+        """The descriptor of a handle whose file `caller` is about to change otherwise than by a WRITE. Raises
+        OSError: EBADF when it is not open for writing."""
+        handle = self.handle(id)
+        if not handle.writable:
+            fail(errno.EBADF)
+        fd = await self._settled(handle, caller)
+        if handle.node.privileged:
+            self._clear_setid(handle.node, fd, caller, may_keep=True)
+        self.tree.changed(handle.node)
+        self.lend(handle)
+        return fd
+
+    async def allocate(self, id: int, mode: int, offset: int, length: int, caller: Caller) -> None:
+        """fallocate(2) with all modes that the upper's file system takes. Raises OSError."""
+        fd = await self._to_change(id, caller)
+        work = partial(fallocate, fd.fd, mode, offset, length)
+        await trio.to_thread.run_sync(work, limiter=self._io)
+        del fd
+
+    async def copy(
+        self, id: int, offset: int, target: int, target_offset: int, length: int, caller: Caller
+    ) -> int:
+        """copy_file_range(2) to the handle `target`: the number of bytes copied, which may be fewer than
+        asked for. Raises OSError: EXDEV when the two files lie on different file systems."""
+        source = self.handle(id).fd
+        fd = await self._to_change(target, caller)
+        work = partial(copy_range, source.fd, offset, fd.fd, target_offset, length)
+        copied: int = await trio.to_thread.run_sync(work, limiter=self._io)
+        del source, fd
+        return copied
+
+    def seek(self, id: int, offset: int, whence: int) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE. Raises OSError."""
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            fail(errno.EINVAL)
+        # Moves the descriptor's own position, which nothing else looks at.
+        return os.lseek(self.handle(id).fd.fd, offset, whence)
 
     async def fsync(self, id: int, data_only: bool) -> None:
         """Raises OSError: also errors of earlier write-back."""
@@ -215,7 +271,7 @@ class Files:
         handle = DirectoryHandle(self._number(), node)
         self._directories[handle.id] = handle
         node.users += 1
-        await self.rewind(handle)
+        await self._look(handle, fresh=True)
         return handle
 
     def directory(self, id: int) -> DirectoryHandle:
@@ -225,10 +281,13 @@ class Files:
         return handle
 
     async def rewind(self, handle: DirectoryHandle) -> None:
+        await self._look(handle, fresh=False)
+
+    async def _look(self, handle: DirectoryHandle, *, fresh: bool) -> None:
         node, gate = handle.node, self.tree.gate
         handle.names = gate.arrange(node.id, (await self.tree.load(node)).names)
         above = node.parent if node.parent is not None else node
-        gate.list_names(handle.id, node.id, above.id, handle.names)
+        gate.list_names(handle.id, node.id, above.id, handle.names, fresh)
 
     def release_directory(self, id: int) -> None:
         handle = self._directories.pop(id, None)

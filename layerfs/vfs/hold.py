@@ -3,6 +3,8 @@ of sockets: who asks is a `Session`, and what it holds goes when it ends.
 
 What is held waits before it has begun; what has begun is waited for. Reads are never held.
 
+FALLOCATE and COPY_FILE_RANGE are held as WRITE is: the kernel has the inode's lock in all three.
+
 One write(2) may come as several WRITE requests, so a WRITE that is held may be the middle of one: the reader
 would see half of it. The kernel keeps the inode's lock for the whole write(2) (fs/fuse/file.c
 fuse_cache_write_iter), and takes the same lock for an fsync (fuse_fsync). So while an FSYNC is answered no
@@ -28,6 +30,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from layerfs.gate import Gate, NoGate
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.tree import fail
 
@@ -101,9 +104,11 @@ class Session:
 
 
 class Hold:
-    def __init__(self, quiet: Callable[[], Awaitable[None]]) -> None:
-        """`quiet` waits until nothing changes the upper in the background."""
+    def __init__(self, quiet: Callable[[], Awaitable[None]], gate: Gate | None = None) -> None:
+        """`quiet` waits until nothing changes the upper in the background. `gate` shows every WRITE while
+        there are sessions."""
         self.quiet = quiet
+        self._gate = gate if gate is not None else NoGate()
         self.turn = trio.Lock()
         #: node id -> changes under way that name it first
         self.changing: Counter[int] = Counter()
@@ -120,10 +125,12 @@ class Hold:
     def session(self) -> Session:
         session = Session(self)
         self._sessions.add(session)
+        self._gate.hold_writes(True)
         return session
 
     def forget(self, session: Session) -> None:
         self._sessions.discard(session)
+        self._gate.hold_writes(bool(self._sessions))
         self.stir()
 
     def give_up(self) -> None:
@@ -160,14 +167,20 @@ class Hold:
         if self._sessions:
             self.stir()
 
-    async def begin_write(self, node: int, opener: Caller) -> None:
-        """Before a WRITE to `node` by a descriptor that `opener` opened. Raises OSError(EINTR); `end_write`
-        must follow."""
+    async def begin_write(self, node: int, writer: Caller, *, known: bool) -> None:
+        """Before the content of `node` changes through a descriptor. `known`: `writer` makes this very
+        request; else it is who opened the descriptor. Raises OSError(EINTR); `end_write` must follow."""
+
+        def interrupted() -> bool:
+            if known:
+                return writer.interrupted()
+            # A second one that waits is of write-back, and that must not fail: its data would be lost.
+            return self._waiting[node] == 1 and writer.interrupted_write(node)
+
         while not self._over and any(each.writes or node in each.closed for each in self._sessions):
             self._waiting[node] += 1
             try:
-                # A second one that waits is of write-back, and that must not fail: its data would be lost.
-                await self._wait(lambda: self._waiting[node] == 1 and opener.interrupted_write(node))
+                await self._wait(interrupted)
             finally:
                 _less(self._waiting, node)
         self.writing[node] += 1

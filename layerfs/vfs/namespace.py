@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerfs.fdutil import OwnedFd, at_path, fd_path
 from layerfs.ids import RealIno
@@ -31,7 +31,7 @@ _CREATE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class New:
-    """An object to be made. `mode` has the type; the caller's umask is already applied by the kernel."""
+    """An object to be made. `mode` has the type; the caller's umask is still to be applied, if it has one."""
 
     mode: int
     rdev: int = 0
@@ -74,6 +74,7 @@ class Namespace:
         parent_fd = self.copyup.directory(parent)
         hidden = merged.hides(name)
         is_dir = stat.S_ISDIR(new.mode)
+        new = self._masked(parent_fd, new, caller)
         owner = self._owner(caller)
         direct = not hidden and owner == (self._uid, self._gid) and not self.upper.overrides
         if direct:
@@ -97,6 +98,38 @@ class Namespace:
         if isinstance(node, File):
             node.is_regular = stat.S_ISREG(new.mode)
         return node, fd
+
+    async def make_unnamed(
+        self, parent: Directory, mode: int, flags: int, caller: Caller
+    ) -> tuple[File, OwnedFd]:
+        """A regular file without a name, which `link` may give it (open(2) O_TMPFILE), opened with `flags`.
+        Raises OSError: EOPNOTSUPP where the upper's file system has none.
+        """
+        self.names.check_parent(parent)
+        parent_fd = self.copyup.directory(parent)
+        new = self._masked(parent_fd, New(mode), caller)
+        owner = self._owner(caller)
+        direct = owner == (self._uid, self._gid) and not self.upper.overrides
+        permissions = stat.S_IMODE(new.mode)
+        if self.upper.overrides:
+            permissions = override.private_mode(permissions, is_dir=False)
+        place = parent_fd if direct else self.upper.work.fd
+        fd = OwnedFd(os.open(b".", flags | os.O_TMPFILE | os.O_CLOEXEC, permissions, dir_fd=place.fd))
+        if not direct:
+            self._own(None, fd_path(fd.fd), parent, parent_fd, new, owner)
+        region = self.tree.upper_region(parent) if direct else b""
+        node = self._new_node(File, b"", os.fstat(fd.fd).st_ino, region)
+        assert isinstance(node, File)
+        node.is_regular = True
+        node.pin = fd
+        return node, fd
+
+    def _masked(self, parent: OwnedFd, new: New, caller: Caller) -> New:
+        """Takes the caller's umask off the mode, unless the directory has a default ACL, which takes the
+        umask's place (fs/posix_acl.c posix_acl_create)."""
+        if not caller.umask or stat.S_ISLNK(new.mode) or self._default_acl(parent) is not None:
+            return new
+        return replace(new, mode=new.mode & ~caller.umask)
 
     def _default_acl(self, directory: OwnedFd) -> bytes | None:
         try:
@@ -134,15 +167,15 @@ class Namespace:
 
     def _own(
         self,
-        work: int,
-        temporary: bytes,
+        directory: int | None,
+        name: bytes,
         parent: Directory,
         parent_fd: OwnedFd,
         new: New,
         owner: tuple[int, int],
     ) -> None:
         """Gives an object made in the work directory what the kernel gives one made in place
-        (inode_init_owner, posix_acl_create).
+        (inode_init_owner, posix_acl_create). `directory` None: `name` is a path that leads to exactly it.
         """
         above = self.tree.stat_real(parent)
         (uid, gid), mode = owner, new.mode
@@ -150,25 +183,26 @@ class Namespace:
             gid = above.st_gid
             if stat.S_ISDIR(mode):
                 mode |= stat.S_ISGID
-        made = os.stat(temporary, dir_fd=work, follow_symlinks=False)
+        follow = directory is None
+        made = os.stat(name, dir_fd=directory, follow_symlinks=follow)
         own = self.upper.overrides and override.may_carry(made)
         if not own and (uid, gid) != (made.st_uid, made.st_gid):
-            self.upper.chown(work, temporary, uid, gid)
+            self.upper.chown(directory, name, uid, gid)
         if stat.S_ISLNK(mode):
             return
         access = None
         default = self._default_acl(parent_fd)
         if default is not None:
             mode, access = acl.inherit(default, mode)
-        path = at_path(work, temporary)
+        path = name if directory is None else at_path(directory, name)
         if access is not None:
-            os.setxattr(path, acl.ACCESS, access, follow_symlinks=False)
+            os.setxattr(path, acl.ACCESS, access, follow_symlinks=follow)
         if default is not None and stat.S_ISDIR(mode):
             os.setxattr(path, acl.DEFAULT, default, follow_symlinks=False)
         if own:
             kind, rdev = stat.S_IFMT(mode), new.rdev
             kept = override.changed(made, mode=stat.S_IMODE(mode), uid=uid, gid=gid, kind=kind, rdev=rdev)
-            self.upper.keep(path, kept, follow=False)
+            self.upper.keep(path, kept, follow=follow)
             self.upper.set_real_mode(path, mode, is_dir=stat.S_ISDIR(mode))
             return
         os.chmod(path, stat.S_IMODE(mode))
@@ -182,19 +216,24 @@ class Namespace:
         entry = Entry(None, real, is_dir)
         entry.lower = merged.hides(name)
         self.names.set_entry(parent, name, entry)
-        number = numbers.compose(self.upper.layer.number, RealIno(real), self.tree.upper_region(parent))
         kind = Directory if is_dir else File
+        node = self._new_node(kind, name, real, self.tree.upper_region(parent))
+        entry.node = node
+        self.tree.add_name(node, parent, name)
+        return node
+
+    def _new_node(self, kind: type[Directory | File], name: bytes, real: int, region: bytes) -> Node:
+        number = numbers.compose(self.upper.layer.number, RealIno(real), region)
         node = kind(self.tree.claim(number), None, name)
         node.in_upper = True
-        node.real, node.region = real, self.tree.upper_region(parent)
+        node.real, node.region = real, region
         if isinstance(node, Directory):
             node.merged = Merged()
             node.impure = False
+            self.tree.gate.publish_directory(node.id, {}, {})
         else:
             node.metacopy = False
         self.tree.nodes[node.id] = node
-        entry.node = node
-        self.tree.add_name(node, parent, name)
         return node
 
     # -- link -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import trio
 
-from layerfs.fdutil import OwnedFd, at_path, fd_path
+from layerfs.fdutil import OwnedFd, at_path, birth_time, fd_path
 from layerfs.gate import Gate, NoGate, Plain
 from layerfs.ids import ROOT, Ino, NodeId, RealIno
 from layerfs.inodes import numbers
@@ -79,6 +79,8 @@ class Tree:
         self.shown_ctimes: dict[int, tuple[int, int]] = {}
         #: told when attributes that the kernel keeps were changed by something other than its own requests
         self.attributes_moved: Callable[[NodeId], None] = lambda id: None
+        #: directories whose attributes changed since `tell_changed`
+        self._changed: set[Directory] = set()
         #: raised when a directory moves (see `links`)
         self.moves = 0
         self._temporary = 0
@@ -161,8 +163,8 @@ class Tree:
         entry = parent.merged.names.get(name) if parent.merged is not None else None
         if entry is not None and entry.node is node:
             entry.node = None
-            if entry.home is not None and not entry.is_dir:
-                self.gate.give_back(parent.id, name)
+            if entry.home is not None:
+                self.gate.give_back(parent.id, name, entry.is_dir)
 
     def add_name(self, node: Node, parent: Directory, name: bytes) -> None:
         """`node` has the name `name` in `parent` (as well)."""
@@ -218,7 +220,9 @@ class Tree:
             ino = numbers.compose(top.layer.number, RealIno(real), region)
         else:
             ino = self._upper_number(parent, name, entry)
+        lookups = self.gate.adopt(parent.id, name)
         node = Directory(self.claim(ino), parent=None, name=name)
+        node.lookups = lookups
         node.lowers = lowers
         if lowers:
             node.lower_path = self._lower_path(parent, name, entry, lowers)
@@ -542,6 +546,11 @@ class Tree:
                     return await self.attributes(node)
             return self._attributes(st, node.id, nlink, st.st_ctime_ns, st.st_blocks)
         assert isinstance(node, Directory)
+        return self._directory_attributes(node, st)
+
+    def _directory_attributes(self, node: Directory, st: os.stat_result | None = None) -> Attributes:
+        if st is None:
+            st = self.stat_real(node)
         parts = len(node.lowers) + node.in_upper
         if node.in_upper:
             return self._upper_attributes(node, st, st.st_nlink if parts == 1 else 1)
@@ -553,6 +562,10 @@ class Tree:
         if self.owners is not None:
             uid, gid = self.owners.uid.shown(uid), self.owners.gid.shown(gid)
         return Attributes(st, uid, gid, ino, nlink, ctime_ns, blocks)
+
+    def shown_gid(self, st: os.stat_result) -> int:
+        """The group of a real object as it is shown."""
+        return st.st_gid if self.owners is None else self.owners.gid.shown(st.st_gid)
 
     @staticmethod
     def _changed_meanwhile(node: File) -> bool:
@@ -582,6 +595,18 @@ class Tree:
                 pass
         return self._attributes(st, node.id, nlink, ctime, blocks)
 
+    def birth_time(self, node: Node) -> int | None:
+        """When an object was made (statx(2) stx_btime), in ns since 1970; None where its layer does not say.
+
+        A merged directory's is that of its top lower, as its number is; a copy of anything else shows its
+        original's. Raises OSError."""
+        if isinstance(node, Directory) and node.lowers:
+            return birth_time(self.stack.open(node.lowers[0]).fd, b"")
+        fd, name = self.where(node)
+        if node.in_upper and self.upper is not None:
+            return self.upper.birth_time(fd.fd, name)
+        return birth_time(fd.fd, name)
+
     def keep_ctime(self, node: Node, shown: int) -> None:
         """Shows `shown` as ctime of an upper object until something really changes it: a copy-up is not a
         change.
@@ -602,6 +627,22 @@ class Tree:
         if node.in_upper and self.shown_ctimes:
             self.shown_ctimes.pop(node.real, None)
         self.gate.retract_attributes(node.id)
+        if self.gate.native and isinstance(node, Directory):
+            self._changed.add(node)
+
+    def tell_changed(self) -> None:
+        """Tells the gate how directories are after a change: the kernel asks for the attributes of the parent
+        before each next one (fs/fuse/dir.c fuse_perm_getattr)."""
+        while self._changed:
+            directory = self._changed.pop()
+            if self.nodes.get(directory.id) is directory and not directory.unlinked:
+                self.tell(directory)
+
+    def tell(self, directory: Directory) -> None:
+        try:
+            self.gate.tell_attributes(directory.id, self._directory_attributes(directory))
+        except OSError:
+            pass  # whoever asks gets the error
 
     def path(self, directory: Directory) -> bytes:
         """Path of a directory in the merged tree, from the root, without a leading slash. Raises

@@ -19,11 +19,12 @@ import trio
 
 from layerfs.fdutil import fd_path
 from layerfs.gate import Gate
+from layerfs.ids import NodeId
 from layerfs.overlay import override
 from layerfs.overlay.owners import Owners
 from layerfs.stack import Stack
 from layerfs.upper.upper import Upper
-from layerfs.vfs import kernel_index
+from layerfs.vfs import inode_flags, kernel_index
 from layerfs.vfs.attributes import Attributes as AttributeChanges
 from layerfs.vfs.attributes import Change, get_xattr, list_xattrs
 from layerfs.vfs.caller import Caller
@@ -33,13 +34,16 @@ from layerfs.vfs.hold import Hold
 from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.names import Names
 from layerfs.vfs.namespace import Namespace, New
-from layerfs.vfs.node import File, Node
+from layerfs.vfs.node import Directory, File, Node
 from layerfs.vfs.rename import Rename
+from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import Attributes, Tree, fail
 
 if TYPE_CHECKING:
     from layerfs.vfs.flatten import Flattened
 
+#: File capabilities (capabilities(7)).
+CAPABILITY = b"security.capability"
 #: As long as a link's target can be.
 PATH_MAX = 4096
 _F = TypeVar("_F", bound=Callable[..., Coroutine[Any, Any, Any]])
@@ -68,6 +72,7 @@ def _changes(*, opens: bool = False) -> Callable[[_F], _F]:
             try:
                 return await method(self, node, *args)
             finally:
+                self.tree.tell_changed()
                 self.hold.end(node, opens=opens)
 
         return held  # type: ignore[return-value]
@@ -101,10 +106,11 @@ class Vfs:
         self.tree = Tree(stack, upper, owners, gate)
         links = LinkIndex(self.tree, upper_was_empty=_is_empty(stack))
         self.tree.links = links
+        self.tally = Tally()
         self._writing: _Writing | None = None
         copyup = None
         if upper is not None:
-            copyup = CopyUp(self.tree, upper, links, nursery, metacopy=metacopy and redirect_dir)
+            copyup = CopyUp(self.tree, upper, links, nursery, self.tally, metacopy=metacopy and redirect_dir)
             names = Names(self.tree, upper, copyup)
             self._writing = _Writing(
                 upper,
@@ -113,8 +119,8 @@ class Vfs:
                 Rename(names, redirect_dir=redirect_dir),
                 AttributeChanges(self.tree, upper, copyup),
             )
-        self.files = Files(self.tree, upper, copyup)
-        self.hold = Hold(copyup.quiet if copyup is not None else _nothing)
+        self.files = Files(self.tree, upper, copyup, self.tally)
+        self.hold = Hold(copyup.quiet if copyup is not None else _nothing, gate)
 
     def _write(self) -> _Writing:
         if self._writing is None:
@@ -186,7 +192,11 @@ class Vfs:
         self.tree.forget(id, count)
 
     async def getattr(self, id: int) -> Attributes:
-        return await self.tree.attributes(self.tree.node(id))
+        node = self.tree.node(id)
+        attributes = await self.tree.attributes(node)
+        if isinstance(node, Directory):
+            self.tree.gate.tell_attributes(node.id, attributes)
+        return attributes
 
     async def readlink(self, id: int) -> bytes:
         node = self.tree.node(id)
@@ -235,7 +245,16 @@ class Vfs:
             self.tree.directory(parent), name, New(mode), kept, caller
         )
         handle = self.files.adopt(node, fd, flags, caller)
+        self.tree.gate.tell_no_capability(node.id)
         return handle, await self._born(node)
+
+    @_changes(opens=True)
+    async def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Handle, Attributes]:
+        """open(2) with O_TMPFILE; the lookup count is raised."""
+        kept = self.files.backing_flags(flags)
+        directory = self.tree.directory(parent)
+        node, fd = await self._write().names.make_unnamed(directory, mode, kept, caller)
+        return self.files.adopt(node, fd, flags, caller), await self._born(node)
 
     async def _born(self, node: Node) -> Attributes:
         node.lookups += 1
@@ -280,13 +299,41 @@ class Vfs:
             node.users -= 1
             self.tree.release(node)
 
+    async def birth_time(self, id: int) -> int | None:
+        """In ns since 1970; None where the object's layer does not say."""
+        return self.tree.birth_time(self.tree.node(id))
+
+    async def ioctl(self, id: int, command: int, argument: bytes, caller: Caller) -> bytes:
+        """What an ioctl(2) on a file or directory gives back: for inode flags; ENOTTY for all others."""
+        if command in inode_flags.SETS:
+            await self._set_flags(id, command, argument, caller)
+            return b""
+        if command not in inode_flags.ASKS:
+            fail(errno.ENOTTY)
+        return inode_flags.get_flags(self.tree, self.tree.node(id), command)
+
+    @_changes()
+    async def _set_flags(self, id: int, command: int, value: bytes, caller: Caller) -> None:
+        node = self.tree.node(id)
+        node.users += 1
+        try:
+            await self._write().attributes.set_flags(node, command, value, caller)
+        finally:
+            node.users -= 1
+            self.tree.release(node)
+
     def _check_xattrs(self) -> None:
         if not self._xattrs:
             fail(errno.EOPNOTSUPP)
 
     async def getxattr(self, id: int, name: bytes) -> bytes:
         self._check_xattrs()
-        return get_xattr(self.tree, self.tree.node(id), name)
+        try:
+            return get_xattr(self.tree, self.tree.node(id), name)
+        except OSError as error:
+            if error.errno == errno.ENODATA and name == CAPABILITY:
+                self.tree.gate.tell_no_capability(NodeId(id))
+            raise
 
     async def listxattr(self, id: int, caller: Caller) -> list[bytes]:
         self._check_xattrs()
@@ -320,14 +367,35 @@ class Vfs:
 
     _open_for_writing = _changes(opens=True)(_open)
 
-    async def write(self, handle: int, offset: int, data: bytes) -> int:
+    async def write(self, handle: int, offset: int, data: bytes, *, keeps_setid: bool = False) -> int:
         opened = self.files.handle(handle)
         node = opened.node.id
-        await self.hold.begin_write(node, opened.opener)
+        await self.hold.begin_write(node, opened.opener, known=False)
         try:
-            return await self.files.write(handle, offset, data)
+            return await self.files.write(handle, offset, data, keeps_setid=keeps_setid)
         finally:
             self.hold.end_write(node)
+
+    async def allocate(self, handle: int, mode: int, offset: int, length: int, caller: Caller) -> None:
+        node = self.files.handle(handle).node.id
+        await self.hold.begin_write(node, caller, known=True)
+        try:
+            await self.files.allocate(handle, mode, offset, length, caller)
+        finally:
+            self.hold.end_write(node)
+
+    async def copy(
+        self, handle: int, offset: int, target: int, target_offset: int, length: int, caller: Caller
+    ) -> int:
+        node = self.files.handle(target).node.id
+        await self.hold.begin_write(node, caller, known=True)
+        try:
+            return await self.files.copy(handle, offset, target, target_offset, length, caller)
+        finally:
+            self.hold.end_write(node)
+
+    async def seek(self, handle: int, offset: int, whence: int) -> int:
+        return self.files.seek(handle, offset, whence)
 
     async def fsync(self, handle: int, data_only: bool) -> None:
         self.hold.reached(self.files.handle(handle).node.id)

@@ -175,7 +175,7 @@ static void list(void)
 			fail("a listed name that is none");
 		order[at] = (uint32_t)position;
 	}
-	if (!gate_list(&gate, handle, id, parent, order, count))
+	if (!gate_list(&gate, handle, id, parent, order, count, !map_has(&gate.listings, handle)))
 		fail("no memory");
 }
 
@@ -264,7 +264,7 @@ static void command(void)
 		directory = facts_directory(&gate.facts, number(8));
 		position = position_in(directory);
 		if (position >= 0)
-			facts_give_back(directory, (uint32_t)position);
+			facts_give_back(directory, (uint32_t)position, NAME_PLAIN);
 		break;
 	case 'C': /* id: claim */
 		map_put(&gate.facts.claimed, number(8), NULL);

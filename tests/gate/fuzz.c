@@ -99,7 +99,7 @@ static void begin(uint8_t options)
 		order[at] = at;
 	}
 	facts_publish(&gate.facts, directory);
-	if (!gate_list(&gate, LISTS_ROOT, ROOT, ROOT, order, count))
+	if (!gate_list(&gate, LISTS_ROOT, ROOT, ROOT, order, count, true))
 		abort();
 }
 
@@ -202,7 +202,7 @@ static void change(uint8_t what, uint8_t which)
 		facts_retract(&gate.facts, directory, name, strlen(name));
 		break;
 	case 2:
-		facts_give_back(directory, (uint32_t)position);
+		facts_give_back(directory, (uint32_t)position, NAME_PLAIN);
 		break;
 	case 3:
 		facts_retract(&gate.facts, directory, fresh, strlen(fresh));

@@ -18,14 +18,14 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layerfs.gate import NoGate
+from layerfs.gate import Name, NoGate
 from layerfs.ids import ROOT, NodeId
 from layerfs.overlay.names import TRUSTED, USER, XattrNames
 from layerfs.stack import Stack
@@ -152,7 +152,7 @@ class KnowingGate(NoGate):
         self.facts: dict[NodeId, set[bytes]] = {}
         self.unsure: dict[NodeId, set[bytes]] = {}
 
-    def publish_directory(self, directory: NodeId, generation: int, names: Iterable[bytes]) -> None:
+    def publish_directory(self, directory: NodeId, names: Mapping[bytes, Name], plain: object) -> None:
         self.facts[directory] = set(names)
         self.unsure[directory] = set()
 

@@ -89,6 +89,19 @@ def test_chmod_changes_the_mask(fs: Place) -> object:
     return found
 
 
+@tree({"f": File(mode=0o2770, uid=USER, gid=OTHER), "d": Dir(mode=0o2770, uid=USER, gid=OTHER)})
+@pytest.mark.parametrize("groups", [(), (OTHER,)], ids=["stranger", "member"])
+@compared
+def test_setting_clears_setgid(fs: Place, groups: tuple[int, ...]) -> object:
+    """Unless the owner is in the group."""
+    for name in ("f", "d"):
+        as_user(lambda name=name: os.setxattr(fs / name, ACCESS, pack(WITH_USER)), USER, USER, groups)
+    by_owner = full(fs, "f"), full(fs, "d")
+    os.chmod(fs / "f", 0o2770)
+    os.setxattr(fs / "f", ACCESS, pack(acl(7, 7, 0)))
+    return by_owner, full(fs, "f")
+
+
 @tree(TREE)
 @compared
 def test_checked(fs: Place) -> object:

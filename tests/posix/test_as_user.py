@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import mounts
 from tests.support.mounts import layerfs_command
 from tests.support.stack import scratch_root
 
@@ -32,8 +33,10 @@ def test_posix_suite_as_ordinary_user(ordinary_user: tuple[int, int], arrangemen
         "LAYERFS": " ".join(layerfs_command()),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+    gate = [f"--gate={mounts.gate}"] if mounts.gate is not None else []
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--no-header", "-rfE"]
+        + gate
         + ["--deselect", "tests/posix/test_as_user.py", "-k", f"layerfs-{arrangement}", "tests/posix"],
         user=uid,
         group=gid,

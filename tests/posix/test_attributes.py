@@ -242,6 +242,23 @@ def test_writing_clears_setgid_without_group_execute(fs: Place) -> object:
     return found
 
 
+@only("sgid")
+@pytest.mark.parametrize("groups", [(), (OTHER,)], ids=["stranger", "member"])
+@compared
+def test_setgid_of_what_is_made_in_a_setgid_directory(fs: Place, groups: tuple[int, ...]) -> object:
+    """Stays when the maker is in the directory's group, if only by a supplementary one (inode(7))."""
+
+    def make() -> None:
+        os.umask(0)
+        for mode in (0o2755, 0o2644, 0o755):
+            os.close(os.open(fs / f"sgid/file{mode:o}", os.O_CREAT | os.O_WRONLY, mode))
+            os.mknod(fs / f"sgid/fifo{mode:o}", stat.S_IFIFO | mode)
+            os.mkdir(fs / f"sgid/dir{mode:o}", mode)
+
+    as_user(make, USER, USER, groups)
+    return [(name, oct(fs.mode(f"sgid/{name}")), fs.stat(f"sgid/{name}").st_gid) for name in fs.names("sgid")]
+
+
 @people
 def test_writing_by_mmap_clears_nothing_and_keeps_data(fs: Place) -> None:
     """The kernel clears at write(2), not at a store through a mapping."""

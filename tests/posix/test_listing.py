@@ -62,10 +62,10 @@ def test_buffer_sizes(fs: Place, size: int) -> None:
 def test_buffer_too_small(fs: Place) -> None:
     fd = fs.open("d", os.O_RDONLY)
     assert err(getdents, fd, 10) == "EINVAL"
-    names = 0
-    while part := getdents(fd):  # one call may give fewer than there is room for
-        names += len(part)
-    assert names == 5
+    found = 0
+    while part := getdents(fd):
+        found += len(part)
+    assert found == 5
 
 
 @compared

@@ -58,6 +58,8 @@ SUSPICIOUS = re.compile(
 )
 
 live: list[Mounted] = []
+#: What --gate asks of layerfs mounts; None: nothing.
+gate: str | None = None
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_move_mount, _SYS_fsopen, _SYS_fsconfig, _SYS_fsmount = 429, 430, 431, 432
@@ -495,6 +497,15 @@ class Layerfs(_Daemon):
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 
+    def has_gate(self) -> bool:
+        """Whether requests reach the daemon through the native gate (virtual xattr `layerfs.gate`)."""
+        try:
+            return os.getxattr(self.mnt, "layerfs.gate") == b"on"
+        except OSError as e:
+            if e.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+            return False
+
     def command(self) -> list[str | os.PathLike[str]]:
         """The mount command, for tests that start the daemon in a way of their own."""
         s = self.stack
@@ -505,9 +516,14 @@ class Layerfs(_Daemon):
             argv += ["--upper", s.upper]
         if s.work:
             argv += ["--work", s.work]
-        if self.options:
-            argv += ["-o", ",".join(self.options)]
+        if options := [*self._gate(), *self.options]:
+            argv += ["-o", ",".join(options)]
         return [*argv, *self.args, s.mnt]
+
+    def _gate(self) -> list[str]:
+        """What --gate asks for, unless the test asks for something itself."""
+        asked = [f"gate={gate}"] if gate is not None else []
+        return [] if any(option.startswith("gate=") for option in self.options) else asked
 
     def _open(self) -> None:
         if not self.log.exists():

@@ -72,9 +72,11 @@ def test_bytes_and_holes(on_each: Path, shape: str, in_kernel: bool, monkeypatch
         for offset, length in pieces:
             os.pwrite(source, source_of.randbytes(length), offset)
         os.fsync(source)
-        copy_data(source, target, size)
+        copied = copy_data(source, target, size)
         assert content(target) == content(source)
         assert os.fstat(target).st_size == size
+        assert in_kernel or not copied.cloned
+        assert copied.bytes == (0 if copied.cloned else sum(end - start for start, end in holes(source)))
         os.fsync(target)
         assert holes(target) == holes(source)
 

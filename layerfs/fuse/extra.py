@@ -1,0 +1,222 @@
+"""Carries the requests that pyfuse3 cannot: takes a whole FUSE frame, calls Vfs, answers with a payload. As
+`adapter` it decides nothing about layers.
+
+A frame is what the kernel wrote: struct fuse_in_header and the request's own struct (linux/fuse.h 7.45, whose
+names the layouts below bear; all are padded by hand, so `=` fits every 64-bit machine).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+from layerfs.fuse.adapter import FOR_EVER
+from layerfs.vfs.vfs import Attributes, Caller, Vfs
+
+log = logging.getLogger("layerfs.fuse")
+
+FSYNC: Final = 20
+IOCTL: Final = 39
+FALLOCATE: Final = 43
+LSEEK: Final = 46
+COPY_FILE_RANGE: Final = 47
+TMPFILE: Final = 51
+STATX: Final = 52
+COPY_FILE_RANGE_64: Final = 53
+
+#: len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
+_IN_HEADER: Final = struct.Struct("=IIQQIIIHH")
+#: fh, flags, cmd, arg, in_size, out_size; in_size bytes follow
+_IOCTL_IN: Final = struct.Struct("=QIIQII")
+#: fh, offset, length, mode, padding
+_FALLOCATE_IN: Final = struct.Struct("=QqqII")
+#: fh, offset, whence, padding
+_LSEEK_IN: Final = struct.Struct("=QqII")
+#: fh_in, off_in, nodeid_out, fh_out, off_out, len, flags
+_COPY_FILE_RANGE_IN: Final = struct.Struct("=QqQQqQQ")
+#: fh, fsync_flags, padding
+_FSYNC_IN: Final = struct.Struct("=QII")
+#: flags, mode, umask, open_flags; a name follows, which means nothing for TMPFILE
+_CREATE_IN: Final = struct.Struct("=IIII")
+
+#: result, flags, in_iovs, out_iovs; the command's result follows
+_IOCTL_OUT: Final = struct.Struct("=iIII")
+#: offset
+_LSEEK_OUT: Final = struct.Struct("=q")
+#: size, padding
+_WRITE_OUT: Final = struct.Struct("=II")
+#: bytes_copied
+_COPY_FILE_RANGE_OUT: Final = struct.Struct("=Q")
+#: nodeid, generation, entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec; a fuse_attr follows
+_ENTRY_OUT: Final = struct.Struct("=QQQQII")
+#: ino, size, blocks, seconds of atime, mtime, ctime; their nanoseconds; mode, nlink, uid, gid, rdev, blksize,
+#: flags
+_ATTR: Final = struct.Struct("=QQQqqqIIIIIIIIII")
+#: fh, open_flags, backing_id
+_OPEN_OUT: Final = struct.Struct("=QIi")
+#: attr_valid, attr_valid_nsec, flags, spare; a fuse_statx follows
+_STATX_OUT: Final = struct.Struct("=QII16x")
+#: mask, blksize, attributes, nlink, uid, gid, mode, spare, ino, size, blocks, attributes_mask; a fuse_sx_time
+#: each for atime, btime, ctime, mtime; rdev_major, rdev_minor, dev_major, dev_minor, spare
+_STATX: Final = struct.Struct("=IIQIIIHHQQQQ" + 4 * "qIi" + "IIII112x")
+
+#: Bit of handles of files that the gate opened itself, for reading: only the node id says which.
+_NATIVE_HANDLE: Final = 1 << 63
+#: The largest answer that fuse_write_out has room for, in whole pages.
+_MOST_COPIED: Final = 0xFFFFF000
+_FOPEN_KEEP_CACHE: Final = 1 << 1
+_FSYNC_FDATASYNC: Final = 1 << 0
+_STATX_BASIC_STATS: Final = 0x7FF
+_STATX_BTIME: Final = 0x800
+_SECOND: Final = 1_000_000_000
+
+#: Answers a request: unique, errno or 0, payload. Exactly once for each frame.
+Reply = Callable[[int, int, bytes], None]
+
+
+class Extra:
+    """One mount's. Frames may be handled at the same time."""
+
+    def __init__(self, vfs: Vfs, reply: Reply) -> None:
+        self.vfs = vfs
+        self._reply = reply
+        self._carriers: dict[int, Callable[[int, Caller, bytes], Awaitable[bytes]]] = {
+            FSYNC: self._fsync,
+            IOCTL: self._ioctl,
+            FALLOCATE: self._fallocate,
+            LSEEK: self._lseek,
+            COPY_FILE_RANGE: self._copy_file_range,
+            TMPFILE: self._tmpfile,
+            STATX: self._statx,
+            COPY_FILE_RANGE_64: self._copy_file_range_64,
+        }
+
+    async def handle(self, frame: bytes) -> None:
+        """Answers one request. File handles in it are those that Vfs gave out, but for the source of a copy
+        and the file of an FSYNC. OSError becomes the caller's errno; anything else is our bug: logged with
+        its traceback, EIO for the caller.
+        """
+        _, opcode, unique, node, uid, gid, pid, _, _ = _IN_HEADER.unpack_from(frame)
+        error, payload = 0, b""
+        try:
+            carrier = self._carriers.get(opcode)
+            if carrier is None:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            payload = await carrier(node, Caller(uid, gid, pid), frame[_IN_HEADER.size :])
+        except OSError as failure:
+            error = failure.errno or errno.EIO
+        except Exception:
+            log.exception("request %d failed", opcode)
+            error = errno.EIO
+        self._reply(unique, error, payload)
+
+    # -- one method an opcode: node id, caller, what follows the header ------------------------------
+
+    async def _ioctl(self, node: int, caller: Caller, body: bytes) -> bytes:
+        # The file handle is passed over: with zero-message opens there is none.
+        _, _, command, _, in_size, _ = _IOCTL_IN.unpack_from(body)
+        argument = body[_IOCTL_IN.size : _IOCTL_IN.size + in_size]
+        return _IOCTL_OUT.pack(0, 0, 0, 0) + await self.vfs.ioctl(node, command, argument, caller)
+
+    async def _fallocate(self, node: int, caller: Caller, body: bytes) -> bytes:
+        handle, offset, length, mode, _ = _FALLOCATE_IN.unpack_from(body)
+        await self.vfs.allocate(handle, mode, offset, length, caller)
+        return b""
+
+    async def _lseek(self, node: int, caller: Caller, body: bytes) -> bytes:
+        handle, offset, whence, _ = _LSEEK_IN.unpack_from(body)
+        return _LSEEK_OUT.pack(await self.vfs.seek(handle, offset, whence))
+
+    async def _copy_file_range(self, node: int, caller: Caller, body: bytes) -> bytes:
+        return _WRITE_OUT.pack(await self._copy(node, caller, body, _MOST_COPIED), 0)
+
+    async def _copy_file_range_64(self, node: int, caller: Caller, body: bytes) -> bytes:
+        return _COPY_FILE_RANGE_OUT.pack(await self._copy(node, caller, body, 1 << 63))
+
+    async def _copy(self, node: int, caller: Caller, body: bytes, most: int) -> int:
+        source, offset, _, target, target_offset, length, flags = _COPY_FILE_RANGE_IN.unpack_from(body)
+        if flags:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        async with self._known(node, source, caller) as handle:
+            return await self.vfs.copy(handle, offset, target, target_offset, min(length, most), caller)
+
+    async def _fsync(self, node: int, caller: Caller, body: bytes) -> bytes:
+        handle, flags, _ = _FSYNC_IN.unpack_from(body)
+        async with self._known(node, handle, caller) as handle:
+            await self.vfs.fsync(handle, bool(flags & _FSYNC_FDATASYNC))
+        return b""
+
+    @asynccontextmanager
+    async def _known(self, node: int, handle: int, caller: Caller) -> AsyncIterator[int]:
+        """A handle of Vfs for a file that is open for reading."""
+        if not handle & _NATIVE_HANDLE:
+            yield handle
+            return
+        opened = await self.vfs.open(node, os.O_RDONLY, caller)
+        try:
+            yield opened.id
+        finally:
+            self.vfs.files.release(opened.id)
+
+    async def _tmpfile(self, node: int, caller: Caller, body: bytes) -> bytes:
+        flags, mode, umask, _ = _CREATE_IN.unpack_from(body)
+        caller = Caller(caller.uid, caller.gid, caller.pid, umask)
+        mode = stat.S_IMODE(mode) | stat.S_IFREG
+        handle, attributes = await self.vfs.tmpfile(node, mode, flags, caller)
+        return _entry_out(attributes) + _OPEN_OUT.pack(handle.id, _FOPEN_KEEP_CACHE, 0)
+
+    async def _statx(self, node: int, caller: Caller, body: bytes) -> bytes:
+        attributes = await self.vfs.getattr(node)
+        return _STATX_OUT.pack(int(FOR_EVER), 0, 0) + _statx(attributes, await self.vfs.birth_time(node))
+
+
+def _entry_out(attributes: Attributes) -> bytes:
+    """struct fuse_entry_out."""
+    st = attributes.st
+    times = [divmod(ns, _SECOND) for ns in (st.st_atime_ns, st.st_mtime_ns, attributes.ctime_ns)]
+    valid = int(FOR_EVER)
+    return _ENTRY_OUT.pack(attributes.ino, 0, valid, valid, 0, 0) + _ATTR.pack(
+        attributes.ino,
+        st.st_size,
+        attributes.blocks,
+        *(seconds for seconds, _ in times),
+        *(nanoseconds for _, nanoseconds in times),
+        st.st_mode,
+        attributes.nlink,
+        attributes.uid,
+        attributes.gid,
+        0,  # devices come from MKNOD, which pyfuse3 carries
+        st.st_blksize,
+        0,
+    )
+
+
+def _statx(attributes: Attributes, born: int | None) -> bytes:
+    """struct fuse_statx."""
+    st = attributes.st
+    times = (st.st_atime_ns, born or 0, attributes.ctime_ns, st.st_mtime_ns)
+    return _STATX.pack(
+        _STATX_BASIC_STATS | (_STATX_BTIME if born is not None else 0),
+        st.st_blksize,
+        0,
+        attributes.nlink,
+        attributes.uid,
+        attributes.gid,
+        st.st_mode,
+        0,
+        attributes.ino,
+        st.st_size,
+        attributes.blocks,
+        0,
+        *(field for ns in times for field in (*divmod(ns, _SECOND), 0)),
+        os.major(st.st_rdev),
+        os.minor(st.st_rdev),
+        0,
+        0,
+    )
