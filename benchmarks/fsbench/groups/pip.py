@@ -45,7 +45,10 @@ class Pip(Group):
                 (site,) = prefix.glob("lib*/python*/site-packages")
                 for package in range(_WHEELS):
                     code = f"import bench_{package}.module0 as one; print(one.value(2))"
-                    if place.said(sys.executable, "-c", code, variables={"PYTHONPATH": str(site)}).strip() != "2":
+                    if (
+                        place.said(sys.executable, "-c", code, variables={"PYTHONPATH": str(site)}).strip()
+                        != "2"
+                    ):
                         raise BenchmarkError("pip: what was installed does not work")
                 found = sum(1 for _ in site.glob("bench_*/module*.py"))
                 if found != modules // _WHEELS * _WHEELS:
