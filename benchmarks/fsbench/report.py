@@ -32,7 +32,8 @@ def _head(results: Results) -> list[str]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows] if rows else []
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return lines + ["| " + " | ".join(row) + " |" for row in escaped] if rows else []
 
 
 def _times(results: Results) -> list[str]:
@@ -108,7 +109,7 @@ def _kinds(kinds: Mapping[str, int] | None, operations: int) -> str:
 
 def _growth(results: Results) -> list[str]:
     """Cold stat at more layers against one layer, for each contender by itself."""
-    counts = [count for count in results.sizes["shape_layers"] if count > 1]
+    counts = [count for count in results.sizes.shape_layers if count > 1]
     rows = []
     for shape in ("wide", "deep"):
         for which, what in (("present", "stat"), ("absent", "absent names")):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .limits import verdicts
-from .measures import Measure, Measures
+from .measures import Measure, Measures, Sizes
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Results:
     date: str
     machine: dict[str, Any]
     contenders: dict[str, str]
-    sizes: dict[str, Any]
+    sizes: Sizes
     measures: Measures
     left_out: dict[str, str]  # contenders, and why
     skipped: dict[str, str]  # groups of jobs, and why
@@ -61,7 +61,7 @@ def write_json(results: Results, path: Path) -> None:
         "date": results.date,
         "machine": results.machine,
         "contenders": results.contenders,
-        "sizes": results.sizes,
+        "sizes": asdict(results.sizes),
         "measures": [
             asdict(measure)
             | {
@@ -88,6 +88,7 @@ def write_json(results: Results, path: Path) -> None:
 
 def read_json(path: Path) -> Results:
     whole = json.loads(path.read_text())
+    sizes = Sizes(**{name: tuple(n) if isinstance(n, list) else n for name, n in whole["sizes"].items()})
     measures = {}
     for one in whole["measures"]:
         values = {
@@ -98,8 +99,8 @@ def read_json(path: Path) -> Results:
             one["key"], one["title"], one["operations"], one["unit"], values, one["requests"], one["wrong"]
         )
     return Results(
-        whole["date"], whole["machine"], whole["contenders"], whole["sizes"], measures, whole["left_out"],
-        whole["skipped"], whole["failures"], whole["layers"],
+        whole["date"], whole["machine"], whole["contenders"], sizes, measures, whole["left_out"], whole["skipped"],
+        whole["failures"], whole["layers"],
     )  # fmt: skip
 
 

@@ -87,13 +87,14 @@ class Git(Program):
                 raise BenchmarkError(f"git status: {output.read_text().splitlines()[0]}")
 
         with bench.place(contender, stack, own_disk=True) as place:
+
+            def take() -> float:
+                return place.program("git", "status", "--porcelain", output=output, variables=_git())
+
             drop_names()
             for how, what in (("cold", "cold git status"), ("warm", "git status again")):
-                place.time(
-                    f"{how}_git", f"{what}, {bench.sizes.worked:,} files", 1,
-                    lambda: place.program("git", "status", "--porcelain", output=output, variables=_git()), check,
-                    unit="ms",
-                )  # fmt: skip
+                title = f"{what}, {bench.sizes.worked:,} files"
+                place.time(f"{how}_git", title, 1, take, check, unit="ms")
 
 
 def _git() -> dict[str, str]:
