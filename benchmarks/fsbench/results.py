@@ -88,7 +88,9 @@ def write_json(results: Results, path: Path) -> None:
 
 def read_json(path: Path) -> Results:
     whole = json.loads(path.read_text())
-    sizes = Sizes(**{name: tuple(n) if isinstance(n, list) else n for name, n in whole["sizes"].items()})
+    sizes: dict[str, Any] = {
+        name: tuple(size) if isinstance(size, list) else size for name, size in whole["sizes"].items()
+    }
     measures = {}
     for one in whole["measures"]:
         values = {
@@ -99,8 +101,8 @@ def read_json(path: Path) -> Results:
             one["key"], one["title"], one["operations"], one["unit"], values, one["requests"], one["wrong"]
         )
     return Results(
-        whole["date"], whole["machine"], whole["contenders"], sizes, measures, whole["left_out"], whole["skipped"],
-        whole["failures"], whole["layers"],
+        whole["date"], whole["machine"], whole["contenders"], Sizes(**sizes), measures, whole["left_out"],
+        whole["skipped"], whole["failures"], whole["layers"],
     )  # fmt: skip
 
 

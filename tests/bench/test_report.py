@@ -85,9 +85,9 @@ def test_history_gets_a_row_each_run(tmp_path: Path) -> None:
     assert lines[0].startswith("# ")
     head, rule, first, second = lines[-4:]
     assert {line.count("|") for line in (head, rule, first, second)} == {head.count("|")}
-    assert first.startswith(
-        "| 2026-01-02 | a processor, 2 cores, 6.1.0 | layerfs 0.1.0 | fuse-overlayfs 1.10 | 19.00 |"
-    )
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert cells[:4] == ["2026-01-02", "a processor, 2 cores, 6.1.0", "layerfs 0.1.0", "fuse-overlayfs 1.10"]
+    assert cells[4:6] == ["19.00", "-"]
     assert first.endswith("| 1 of 2 |")  # commit with gzip was measured, too
     assert second.endswith("| 2 of 2 |")
 
@@ -100,15 +100,12 @@ def test_the_committed_history_has_todays_columns() -> None:
 def test_ratios_of_layers(tmp_path: Path) -> None:
     path = tmp_path / "layers.json"
     assert layer_ratios(path) == {}
-    runs = {
-        "tar | pigz": [{"seconds": 2.0}, {"seconds": 4.0}],
-        "layerfs commit": [{"seconds": 1.0}, {"seconds": 1.0}],
-    }
+    two, one = [{"seconds": 2.0}, {"seconds": 4.0}], [{"seconds": 1.0}, {"seconds": 1.0}]
+    runs = {"tar | pigz": two, "layerfs commit": one}
     commit = {"job": "commit", "compression": "gzip", "base": "tar | pigz", "runs": runs}
     absent = {"job": "commit", "compression": "zstd", "base": "tar | zstd", "runs": {"tar | zstd": []}}
-    path.write_text(
-        json.dumps({"measures": [commit, absent, {**commit, "job": "apply", "compression": "none"}]})
-    )
+    apply = {**commit, "job": "apply", "compression": "none"}
+    path.write_text(json.dumps({"measures": [commit, absent, apply]}))
     assert layer_ratios(path) == {"gzip": pytest.approx(0.375)}
 
 
