@@ -70,10 +70,8 @@ class Stack:
         if not self.compared:
             return
         shown: dict[str, int] = {}
-        for where, directories, names in os.walk(mnt):
-            for name in [*names, *(one for one in directories if os.path.islink(os.path.join(where, one)))]:
-                path = os.path.join(where, name)
-                shown[os.path.relpath(path, mnt)] = os.lstat(path).st_size
+        for path in _walk(mnt):
+            shown[str(path.relative_to(mnt))] = path.lstat().st_size
         right = {**{name: len(data) for name, data in self.contents.items()}, **self.others}
         if shown.keys() != right.keys():
             lacking, more = right.keys() - shown.keys(), shown.keys() - right.keys()
@@ -182,13 +180,15 @@ def shared_out(base: Path, count: int, tree: Path) -> Stack:
     """The files of `tree`, which is emptied: those of one directory into one layer, which one depends on the
     directory's name. Times stay."""
     stack = _start(base, count)
-    for where, _, names in os.walk(tree):
-        inside = os.path.relpath(where, tree)
-        layer = zlib.crc32(inside.encode()) % count
-        target = stack.layers / str(layer) / inside
-        target.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            os.rename(os.path.join(where, name), target / name)
+
+    def home(directory: Path) -> Path:
+        layer = zlib.crc32(bytes(directory)) % count
+        return stack.layers / str(layer) / directory
+
+    for where, _, _ in os.walk(tree):
+        home(Path(where).relative_to(tree)).mkdir(parents=True, exist_ok=True)
+    for path in list(_walk(tree)):
+        path.rename(home(path.parent.relative_to(tree)) / path.name)
     for layer in range(count):
         _take_in(stack, layer)
     shutil.rmtree(tree)
@@ -204,14 +204,19 @@ def as_it_is(base: Path) -> Stack:
 
 def _take_in(stack: Stack, layer: int) -> None:
     root = stack.layers / str(layer)
-    for where, directories, names in os.walk(root):
-        for name in [*names, *(one for one in directories if os.path.islink(os.path.join(where, one)))]:
-            path = Path(where, name)
-            found, inside = path.lstat(), str(path.relative_to(root))
-            if stat.S_ISREG(found.st_mode) and found.st_size <= _COMPARED:
-                stack.contents[inside] = path.read_bytes()
-            else:
-                stack.others[inside] = found.st_size
+    for path in _walk(root):
+        found, inside = path.lstat(), str(path.relative_to(root))
+        if stat.S_ISREG(found.st_mode) and found.st_size <= _COMPARED:
+            stack.contents[inside] = path.read_bytes()
+        else:
+            stack.others[inside] = found.st_size
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    """All but directories; os.walk counts links to directories among these."""
+    for where, directories, names in os.walk(top):
+        yield from (Path(where, name) for name in names)
+        yield from (path for name in directories if (path := Path(where, name)).is_symlink())
 
 
 #: By the first word of a stack's name; `Group.stacks` lists names like "mixed" or "deep 32".
