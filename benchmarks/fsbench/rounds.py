@@ -26,7 +26,8 @@ _SOURCE = Path(__file__).with_name("many.c")
 class Bench:
     """One run. `measures`, `failures`, `left_out` and `skipped` hold what came of it.
 
-    The first contender is the one that the others are compared with."""
+    The first contender is the one that the others are compared with. When `seconds` have passed, what is left
+    gets one round."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class Bench:
         sizes: Sizes,
         scratch: Path,
         counter: RequestCounter | None = None,
+        seconds: float = float("inf"),
     ) -> None:
         self.contenders = list(contenders)
         self.sizes = sizes
@@ -44,6 +46,7 @@ class Bench:
         self.skipped: dict[str, str] = {}  # groups that cannot be run here, and why
         self.failures: list[str] = []
         self._counter = counter
+        self._end = time.monotonic() + seconds
         self._number = 0  # of the round
         self._mounts = itertools.count()
 
@@ -74,13 +77,17 @@ class Bench:
             shutil.rmtree(stack.base)
 
     def _try(self) -> None:
-        """What cannot be mounted at all, with its options, is left out: most do not know all options."""
+        """Who cannot be mounted at all, with his options, is left out. Without the first one nothing can be
+        compared."""
         stack = mixed(self.scratch / "tried", 2, 100)
+        base, *_ = self.contenders
         for contender in list(self.contenders):
             try:
                 with self.place(contender, stack):
                     pass
             except (BenchmarkError, OSError) as error:
+                if contender is base:
+                    raise BenchmarkError(f"{base.name}: {error}") from None
                 self.left_out[contender.name] = str(error)
                 progress(f"without {contender.name}: {error}")
                 self.contenders.remove(contender)
@@ -116,6 +123,9 @@ class Bench:
     def _rounds(self, group: Group, stack: Stack, right: Sequence[Contender]) -> None:
         began, rounds = time.monotonic(), group.rounds(self.sizes)
         for self._number in range(rounds):
+            if self._number and time.monotonic() > self._end:
+                progress(f"{group.name}, '{stack.base.name}': no more rounds, the time is over")
+                break
             progress(f"{group.name}, '{stack.base.name}': round {self._number + 1} of {rounds}")
             shift = self._number % max(1, len(right))
             for contender in [*right[shift:], *right[:shift]]:
