@@ -2,7 +2,7 @@
 
 The kernel has a tracepoint for each request, `fuse:fuse_request_send`; an instance of tracefs of our own,
 which disturbs no other tracer, lists those of one mount. FORGET is not among them: nobody waits for it. Only
-what runs inside `counting` is listed, at a fraction of a microsecond a request."""
+what runs inside `counting` is listed, and costs 0.3 µs more a request (of 17 to 100)."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class Stack:
             run(["mount", "-o", "remount,bind,ro", self.layers])
             yield
         finally:
-            run(["umount", self.layers])
+            run(["umount", "-l", self.layers])  # a daemon that hangs may still hold it
 
 
 def _zero_ended(names: Iterable[str]) -> bytes:

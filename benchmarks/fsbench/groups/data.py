@@ -93,7 +93,8 @@ def _time(
     blocks = int(given.get("io_size", size)) // block * int(given.get("loops", 1))
 
     def take() -> float:
-        (job,) = json.loads(place.said(*words, *options, *_ALWAYS))["jobs"]
+        said = place.said(*words, *options, *_ALWAYS)
+        (job,) = json.loads(said[said.index("{") :])["jobs"]  # notes may come first
         if job["error"] or job[direction]["io_bytes"] != blocks * block:
             raise BenchmarkError(f"fio: {job[direction]['io_bytes']} bytes, error {job['error']}")
         if "end_fsync" in given:
