@@ -28,14 +28,15 @@ MOST: dict[str, float] = {
     "move": 6,
     "rm": 2.5,  # UNLINK, GETATTR of the directory
     "append": 6,  # LOOKUP, OPEN, GETXATTR, WRITE, FLUSH, RELEASE
-    "seq_cold": 0.6,  # READ of two blocks
+    "seq_cold": 1.1,  # READ of one block or two
     "seq_warm": 0.1,
     "rand_cold": 1.1,  # READ
     "rand_warm": 0.1,
-    "mmap_cold": 0.6,
+    "mmap_cold": 1.1,
     "mmap_warm": 0.1,
-    "seq_write": 2.3,  # GETXATTR, WRITE
-    "rand_write": 2.3,
+    "seq_write": 2.5,  # GETXATTR, WRITE
+    "rand_write": 2.5,
+    "seq_sync": 2.5,
     **{
         f"{shape}_{which}_{layers}": 1.15  # LOOKUP, whatever the number of layers
         for shape in ("wide", "deep")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import stat
@@ -15,7 +16,7 @@ from .commands import BenchmarkError, run
 from .measures import Sizes
 
 FILES_PER_DIRECTORY = 10
-_COMPARED = 1 << 20  # bytes; larger files are compared by size alone when a mount is checked
+_KEPT = 1 << 20  # bytes; larger files are not kept in memory
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Stack:
     base: Path
     count: int
     contents: dict[str, bytes] = field(default_factory=dict)  # files of the merged tree
-    others: dict[str, int] = field(default_factory=dict)  # all else but directories: the size shown
+    others: dict[str, int] = field(default_factory=dict)  # large files, links, devices: the size shown
     absent: list[str] = field(default_factory=list)  # names in existing directories that no layer has
     compared: int = (
         1  # the content of every n-th file is compared; 0: the jobs themselves check what they see
@@ -81,6 +82,11 @@ class Stack:
                 raise BenchmarkError(f"{name}: {shown[name]} bytes in place of {size}")
         for name, data in list(self.contents.items())[:: self.compared]:
             if (mnt / name).read_bytes() != data:
+                raise BenchmarkError(f"{name}: wrong content")
+        for name in self.others:
+            paths = (self.layers / layer / name for layer in self.names)
+            lower = next(path for path in paths if os.path.lexists(path))
+            if stat.S_ISREG(lower.lstat().st_mode) and not filecmp.cmp(lower, mnt / name, shallow=False):
                 raise BenchmarkError(f"{name}: wrong content")
 
     @contextmanager
@@ -206,7 +212,7 @@ def _take_in(stack: Stack, layer: int) -> None:
     root = stack.layers / str(layer)
     for path in _walk(root):
         found, inside = path.lstat(), str(path.relative_to(root))
-        if stat.S_ISREG(found.st_mode) and found.st_size <= _COMPARED:
+        if stat.S_ISREG(found.st_mode) and found.st_size <= _KEPT:
             stack.contents[inside] = path.read_bytes()
         else:
             stack.others[inside] = found.st_size

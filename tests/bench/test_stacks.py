@@ -63,6 +63,16 @@ def _shorter(shown: Path) -> None:
     (shown / "d0001" / "file07").write_text("")
 
 
+def test_a_large_file_is_compared_whole(tmp_path: Path) -> None:
+    stack = MAKERS["big"](tmp_path / "stack")
+    shown = merged(stack, tmp_path / "shown")
+    with open(shown / "big", "r+b") as file:
+        file.seek(1_500_000)
+        file.write(b"other")
+    with pytest.raises(BenchmarkError, match="big: wrong content"):
+        stack.check(shown)
+
+
 @pytest.mark.parametrize("spoil", [_other_content, _lost, _more, _shorter])
 def test_what_is_wrong_is_found(spoil: Callable[[Path], None], tmp_path: Path) -> None:
     stack = MAKERS["mixed"](tmp_path / "stack")

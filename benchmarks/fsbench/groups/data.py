@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +20,53 @@ _ALWAYS = ("--thread", "--invalidate=0", "--fallocate=none", "--randrepeat=1", "
 _PATTERN = b"layerfs!"  # what fio writes, over and over
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run of fio: `loops` times over `size` bytes of a file, or over some blocks of it at random."""
+
+    key: str
+    title: str
+    mode: str  # of fio: read, randwrite, ...
+    block: int  # bytes
+    size: int
+    some: int = 0  # bytes, in place of `size`
+    loops: int = 1
+    engine: str = "psync"
+    fsync: bool = False
+
+    @property
+    def direction(self) -> str:
+        return self.mode.removeprefix("rand")
+
+    @property
+    def bytes(self) -> int:
+        return (self.some or self.size) * self.loops
+
+    def command(self, path: Path) -> list[str]:
+        words = ["fio", f"--name={self.key}", f"--filename={path}", f"--rw={self.mode}", f"--bs={self.block}"]
+        words += [f"--size={self.size}", f"--loops={self.loops}", f"--ioengine={self.engine}", *_ALWAYS]
+        words += [f"--io_size={self.some}"] if self.some else []
+        words += ["--end_fsync=1"] if self.fsync else []
+        if self.direction == "read":
+            return [*words, "--allow_file_create=0"]
+        return [*words, f"--buffer_pattern=0x{_PATTERN.hex()}"]
+
+    def seconds(self, said: str) -> float:
+        """From fio's JSON: all blocks together, as its run times are whole milliseconds. Its latencies know
+        nothing of the last fsync: with that one it is the run time.
+
+        Raises BenchmarkError when fio did less than it was told."""
+        (job,) = json.loads(said[said.index("{") :])["jobs"]  # notes may come first
+        done = job[self.direction]
+        if job["error"] or done["io_bytes"] != self.bytes:
+            raise BenchmarkError(f"fio: {done['io_bytes']} of {self.bytes} bytes, error {job['error']}")
+        if self.fsync:
+            return max(1, int(done["runtime"])) / 1e3
+        return float(done["lat_ns"]["mean"] * done["total_ios"] / 1e9)
+
+
 class Data(Group):
-    """Reads of a lower file, then writes of new ones. Warm reads go over the file several times."""
+    """Reads of a lower file, then writes of a new one."""
 
     name = "data"
     stack = "big"
@@ -33,76 +78,31 @@ class Data(Group):
         lacking("fio")
 
     def take(self, bench: Bench, contender: Contender, stack: Stack) -> None:
-        size, written = stack.others["big"], bench.sizes.written
-        some = size // 16  # of a file, for what goes to the disk block by block
+        big, new = stack.others["big"], bench.sizes.written
+        large, small = 128 << 10, 4 << 10
         with bench.place(contender, stack, own_disk=True) as place:
-            read = partial(_time, place, "big", "read")
             drop_all()
-            read("seq_cold", "sequential read, cold", size, "--bs=128k")
-            read("seq_warm", "sequential read, warm", size, "--bs=128k", "--loops=4")
-            read("rand_warm", "random 4 KiB reads, warm", size, "--bs=4k", rw="randread")
+            _time(place, Job("seq_cold", "sequential read, cold", "read", large, big))
+            _time(place, Job("seq_warm", "sequential read, warm", "read", large, big, loops=4))
+            _time(place, Job("rand_warm", "random 4 KiB reads, warm", "randread", small, big))
+            _time(place, Job("mmap_warm", "mmap read, warm", "read", large, big, loops=4, engine="mmap"))
             drop_all()
-            read("rand_cold", "random 4 KiB reads, cold", size, "--bs=4k", f"--io_size={some}", rw="randread")
+            _time(place, Job("rand_cold", "random 4 KiB reads, cold", "randread", small, big, some=big // 16))
             drop_all()
-            read("mmap_cold", "mmap read, cold", size, "--bs=128k", "--ioengine=mmap")
-            read("mmap_warm", "mmap read, warm", size, "--bs=128k", "--ioengine=mmap", "--loops=4")
-
-            write = partial(_time, place, "written", "write")
-            whole = partial(_check_written, place.mnt / "written", written)
-            write("seq_write", "sequential write", written, "--bs=128k", check=whole)
-            write(
-                "rand_write",
-                "random 4 KiB writes",
-                written,
-                "--bs=4k",
-                f"--io_size={some}",
-                rw="randwrite",
-                check=whole,
-            )
-            (place.mnt / "written").unlink(missing_ok=True)
-            write(
-                "seq_sync", "sequential write and fsync", written, "--bs=128k", "--end_fsync=1", check=whole
-            )
+            _time(place, Job("mmap_cold", "mmap read, cold", "read", large, big, engine="mmap"))
+            _time(place, Job("seq_write", "sequential write", "write", large, new))
+            _time(place, Job("rand_write", "random 4 KiB writes", "randwrite", small, new, some=new // 8))
+            (place.mnt / "new").unlink(missing_ok=True)
+            _time(place, Job("seq_sync", "sequential write and fsync", "write", large, new, fsync=True))
 
 
-def _time(
-    place: Place,
-    name: str,
-    direction: str,
-    key: str,
-    title: str,
-    size: int,
-    *options: str,
-    rw: str = "",
-    check: Callable[[], None] | None = None,
-) -> None:
-    """One run of fio. An operation is a block as fio counts them."""
-    words = [
-        "fio",
-        f"--name={key}",
-        f"--filename={place.mnt / name}",
-        f"--size={size}",
-        f"--rw={rw or direction}",
-    ]
-    if direction == "write":
-        words += [f"--buffer_pattern=0x{_PATTERN.hex()}", "--create_on_open=1", "--file_append=0"]
-    else:
-        words += ["--allow_file_create=0"]
-    given = dict(option.removeprefix("--").split("=") for option in options)
-    block = 1024 * int(given["bs"].removesuffix("k"))
-    blocks = int(given.get("io_size", size)) // block * int(given.get("loops", 1))
-
-    def take() -> float:
-        said = place.said(*words, *options, *_ALWAYS)
-        (job,) = json.loads(said[said.index("{") :])["jobs"]  # notes may come first
-        if job["error"] or job[direction]["io_bytes"] != blocks * block:
-            raise BenchmarkError(f"fio: {job[direction]['io_bytes']} bytes, error {job['error']}")
-        if "end_fsync" in given:
-            return max(1, int(job[direction]["runtime"])) / 1e3
-        # All blocks together: fio's run times are whole milliseconds.
-        return float(job[direction]["lat_ns"]["mean"] * job[direction]["total_ios"] / 1e9)
-
-    place.time(key, f"{title}, {blocks * block >> 20:,} MiB", blocks, take, check, unit="ms")
+def _time(place: Place, job: Job) -> None:
+    path = place.mnt / ("big" if job.direction == "read" else "new")
+    title, blocks = f"{job.title}, {job.bytes >> 20:,} MiB", job.bytes // job.block
+    place.time(
+        job.key, title, blocks, lambda: job.seconds(place.said(*job.command(path))),
+        partial(_check_written, path, job.size) if job.direction == "write" else None, unit="ms",
+    )  # fmt: skip
 
 
 def _check_written(path: Path, size: int) -> None:
@@ -110,6 +110,6 @@ def _check_written(path: Path, size: int) -> None:
     with open(path, "rb") as file:
         while found := file.read(4096):
             if found != block:
-                raise BenchmarkError("written: wrong content")
+                raise BenchmarkError(f"{path.name}: wrong content")
     if path.stat().st_size != size:
-        raise BenchmarkError(f"written: {path.stat().st_size} bytes in place of {size}")
+        raise BenchmarkError(f"{path.name}: {path.stat().st_size} bytes in place of {size}")
