@@ -41,6 +41,7 @@ class Measure:
     title: str
     operations: int
     unit: str  # "us" for each operation; "ms" or "MB" for the whole job
+    group: str = ""  # of jobs, to which it belongs
     values: dict[str, dict[int, float]] = field(default_factory=dict)
     requests: dict[str, dict[str, int]] = field(default_factory=dict)  # by contender and kind
     wrong: dict[str, str] = field(default_factory=dict)  # a wrong result counts for all rounds

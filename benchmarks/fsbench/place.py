@@ -32,6 +32,7 @@ class Place:
         mnt: Path,
         start_up: float,
         measures: Measures,
+        group: str,
         number: int,
         counter: RequestCounter | None,
     ) -> None:
@@ -40,6 +41,7 @@ class Place:
         self.mnt = mnt
         self.start_up = start_up
         self._measures = measures
+        self._group = group
         self._number = number
         self.first_round = number == 0
         # Only then: counting costs a little time.
@@ -58,7 +60,7 @@ class Place:
     ) -> None:
         """Notes what `take` returns. `check` looks at the result when the clock has stopped; a wrong one is
         kept in the place of all times of this contender, and does not stop the rest."""
-        measure = self._measures.setdefault(key, Measure(key, title, operations, unit))
+        measure = self._measures.setdefault(key, Measure(key, title, operations, unit, self._group))
         name = self.contender.name
         if name in measure.wrong:
             return
@@ -75,7 +77,8 @@ class Place:
             measure.requests[name] = dict(kinds.most_common())
 
     def note_start_up(self) -> None:
-        measure = self._measures.setdefault("start", Measure("start", "start-up to usable", 1, "ms"))
+        new = Measure("start", "start-up to usable", 1, "ms", self._group)
+        measure = self._measures.setdefault("start", new)
         measure.values.setdefault(self.contender.name, {})[self._number] = self.start_up
 
     def many(self, program: Path, what: str, which: str = "present", of: Stack | None = None) -> float:

@@ -97,9 +97,10 @@ def read_json(path: Path) -> Results:
             name: {int(number): value for number, value in taken.items()}
             for name, taken in one["values"].items()
         }
-        measures[one["key"]] = Measure(
-            one["key"], one["title"], one["operations"], one["unit"], values, one["requests"], one["wrong"]
-        )
+        fields = {
+            name: one[name] for name in ("key", "title", "operations", "unit", "group", "requests", "wrong")
+        }
+        measures[one["key"]] = Measure(**fields, values=values)
     return Results(
         whole["date"], whole["machine"], whole["contenders"], Sizes(**sizes), measures, whole["left_out"],
         whole["skipped"], whole["failures"], whole["layers"],

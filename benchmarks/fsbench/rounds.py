@@ -47,6 +47,7 @@ class Bench:
         self.failures: list[str] = []
         self._counter = counter
         self._end = time.monotonic() + seconds
+        self._group = ""  # its name
         self._number = 0  # of the round
         self._mounts = itertools.count()
 
@@ -54,7 +55,9 @@ class Bench:
     def place(self, contender: Contender, stack: Stack, *, own_disk: bool = False) -> Iterator[Place]:
         base = self.scratch / f"mount{next(self._mounts)}"
         with mounted(contender, stack, base, own_disk=own_disk) as (mnt, start_up):
-            yield Place(contender, stack, mnt, start_up, self.measures, self._number, self._counter)
+            yield Place(
+                contender, stack, mnt, start_up, self.measures, self._group, self._number, self._counter
+            )
 
     def run(self, groups: Sequence[Group]) -> None:
         run(["gcc", "-O2", "-o", self.many, _SOURCE])
@@ -121,6 +124,7 @@ class Bench:
             stack.check(place.mnt)
 
     def _rounds(self, group: Group, stack: Stack, right: Sequence[Contender]) -> None:
+        self._group = group.name
         began, rounds = time.monotonic(), group.rounds(self.sizes)
         for self._number in range(rounds):
             if self._number and time.monotonic() > self._end:

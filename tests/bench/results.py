@@ -14,7 +14,7 @@ def measure(key: str, base: float, ours: float, *, operations: int = 100, unit: 
         name: {number: seconds * (number + 1) for number in range(3)}
         for name, seconds in ((BASE, base), (OURS, ours))
     }
-    return Measure(key, f"the work {key}", operations, unit, values)
+    return Measure(key, f"the work {key}", operations, unit, "group", values)
 
 
 def results(*measures: Measure) -> Results:

@@ -21,7 +21,7 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 def test_a_round_that_one_missed_has_no_ratio() -> None:
-    one = Measure("a", "a", 1, "us", {BASE: {0: 1.0, 1: 10.0, 2: 1.0}, OURS: {0: 2.0, 2: 3.0}})
+    one = Measure("a", "a", 1, "us", "", {BASE: {0: 1.0, 1: 10.0, 2: 1.0}, OURS: {0: 2.0, 2: 3.0}})
     assert one.ratios(OURS, BASE) == [2, 3]
 
 
