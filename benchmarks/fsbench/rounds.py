@@ -94,6 +94,7 @@ class Bench:
                 self.left_out[contender.name] = str(error)
                 progress(f"without {contender.name}: {error}")
                 self.contenders.remove(contender)
+        shutil.rmtree(stack.base)
 
     def _prepared(self, group: Group) -> bool:
         try:
