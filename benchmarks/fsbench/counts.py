@@ -38,7 +38,7 @@ MOST: dict[str, float] = {
     "rand_write": 2.5,
     "seq_sync": 2.5,
     **{
-        f"{shape}_{which}_{layers}": 1.15  # LOOKUP, whatever the number of layers
+        f"{shape}_{which}_{layers}": 1.2  # LOOKUP, whatever the number of layers
         for shape in ("wide", "deep")
         for which in ("present", "absent")
         for layers in (1, 8, 32, 128)
