@@ -52,7 +52,7 @@ LIMITS: tuple[Limit, ...] = (
         limit
         for layers, most in ((1, 3.0), (32, 0.4), (128, 0.15))
         for which, what in (("present", "stat"), ("absent", "absent names"))
-        for limit in _ratios(f"the same, deep: {what}, {layers} layers", **{f"deep_{which}_{layers}": most})
+        for limit in _ratios(f"the same, deep: {what}, {layers} layer{'s' * (layers > 1)}", **{f"deep_{which}_{layers}": most})
     ),
     Limit("wide: cold stat at 32 layers, against 1", "wide_present_32", 1.3, "growth", "wide_present_1"),
     Limit("wide: absent names at 32 layers, against 1", "wide_absent_32", 1.3, "growth", "wide_absent_1"),
