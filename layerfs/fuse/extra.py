@@ -134,7 +134,11 @@ class Extra:
 
     async def _ioctl(self, node: int, caller: Caller, body: bytes) -> bytes:
         # The file handle is passed over: with zero-message opens there is none.
-        _, _, command, _, in_size, _ = _IOCTL_IN.unpack_from(body)
+        _, _, command, arg, in_size, _ = _IOCTL_IN.unpack_from(body)
+        if arg:
+            # A user's own pointer: not one of the commands that the kernel carries out itself, by requests
+            # of its own, after it looked whether the caller may (fs/fuse/ioctl.c fuse_priv_ioctl, 5.13).
+            raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
         argument = body[_IOCTL_IN.size : _IOCTL_IN.size + in_size]
         return _IOCTL_OUT.pack(0, 0, 0, 0) + await self.vfs.ioctl(node, command, argument, caller)
 

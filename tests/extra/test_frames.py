@@ -146,8 +146,8 @@ async def test_copy_of_what_is_open_twice(laid_out: Stack) -> None:
 # -- ioctl -----------------------------------------------------------------------------------------
 
 
-async def ioctl(k: Kernel, node: int, command: int, value: bytes = b"", size: int = 0) -> bytes:
-    request = frames.IoctlIn(0, 0, command, 0, len(value), size)
+async def ioctl(k: Kernel, node: int, command: int, value: bytes = b"", size: int = 0, arg: int = 0) -> bytes:
+    request = frames.IoctlIn(0, 0, command, arg, len(value), size)
     payload = await k.send(frames.IOCTL, node, bytes(request) + value)
     out = frames.IoctlOut.from_buffer_copy(payload)
     assert (out.result, out.flags, out.in_iovs, out.out_iovs) == (0, 0, 0, 0)
@@ -207,6 +207,14 @@ async def test_other_ioctls(laid_out: Stack, command: int) -> None:
     async with kernel(laid_out) as k:
         for name in ("f", "d"):
             assert await error_of(ioctl(k, await k.find(name), command)) == "ENOTTY"
+
+
+async def test_flags_that_the_kernel_has_not_looked_at(laid_out: Stack) -> None:
+    """Before 5.13 it handed these commands on as they came, whoever asked."""
+    async with kernel(laid_out) as k:
+        node = await k.find("f")
+        assert await error_of(ioctl(k, node, FSGETXATTR, size=28, arg=0x7FFF0000)) == "ENOTTY"
+        assert await error_of(ioctl(k, node, FSSETXATTR, bytes(28), arg=0x7FFF0000)) == "ENOTTY"
 
 
 # -- statx -----------------------------------------------------------------------------------------
