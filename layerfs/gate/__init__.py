@@ -111,7 +111,8 @@ class Gate(Protocol):
         """Files of `node` that the gate opened read `fd`, which stays the caller's, from now on."""
 
     def arrange(self, directory: NodeId, names: Iterable[bytes]) -> list[bytes]:
-        """`names` in the order in which they are to be listed: those that Python answers for first."""
+        """`names` in the order in which they are to be listed: those that are not plain first. It is the same
+        until a name comes or goes."""
 
     def list_names(
         self, handle: int, directory: NodeId, parent: NodeId, names: list[bytes], fresh: bool

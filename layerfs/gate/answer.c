@@ -18,6 +18,8 @@
 #define FOR_EVER 100000000
 /* What a listing's reply may take; the kernel asks for less. */
 #define LISTING_MAX (256 << 10)
+/* The most that the kernel ever reads at once: max_pages is 16 bits. */
+#define READ_MAX (256u << 20)
 #define DOTS 2
 /* Bytes of a WRITE that is done in place. */
 #define WRITE_MAX (64 << 10)
@@ -167,6 +169,14 @@ static struct fuse_entry_out entry_of(const struct stat *st, uint64_t id)
 
 /* -- looking -------------------------------------------------------------------------------------------------------- */
 
+static void forget(struct gate *gate, struct known *known, uint64_t count)
+{
+	uint64_t directory = known->directory->id;
+
+	if (facts_unknow(&gate->facts, known, count) && gate->let_go)
+		gate->let_go(directory);
+}
+
 static enum verdict lookup(struct gate *gate, const struct fuse_in_header *in, const char *body, size_t size)
 {
 	struct directory *directory = facts_directory(&gate->facts, in->nodeid);
@@ -194,7 +204,7 @@ static enum verdict lookup(struct gate *gate, const struct fuse_in_header *in, c
 	out = entry_of(&st, known->id);
 	/* Nobody waits for it any more: the kernel has not got the object. */
 	if (gate_reply(gate->device, in->unique, 0, &out, sizeof(out)))
-		facts_unknow(&gate->facts, known, 1);
+		forget(gate, known, 1);
 	return ANSWERED;
 }
 
@@ -213,14 +223,6 @@ static enum verdict getattr(struct gate *gate, const struct fuse_in_header *in)
 		return PASSED;
 	fill(&out.attr, &st, known->id);
 	return reply(gate, in, 0, &out, sizeof(out));
-}
-
-static void forget(struct gate *gate, struct known *known, uint64_t count)
-{
-	uint64_t directory = known->directory->id;
-
-	if (facts_unknow(&gate->facts, known, count) && gate->let_go)
-		gate->let_go(directory);
 }
 
 static enum verdict forget_one(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
@@ -448,7 +450,7 @@ static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *
 		memcpy(&item, gate->reply + offset, FUSE_NAME_OFFSET_DIRENTPLUS);
 		known = map_get(&gate->facts.known, item.entry_out.nodeid);
 		if (item.entry_out.nodeid && known)
-			facts_unknow(&gate->facts, known, 1);
+			forget(gate, known, 1);
 		offset += FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + item.dirent.namelen);
 	}
 	return ANSWERED;
@@ -515,6 +517,8 @@ static enum verdict read_file(struct gate *gate, const struct fuse_in_header *in
 			return PASSED;
 		fd = lent->fd;
 	}
+	if (arg.size > READ_MAX || arg.offset > INT64_MAX) /* preadv2 takes -1 for "where it is" */
+		return reply(gate, in, EINVAL, NULL, 0);
 	if (gate->reply_size < arg.size) {
 		char *larger = realloc(gate->reply, arg.size);
 
@@ -611,6 +615,8 @@ static enum verdict on_file(struct gate *gate, const struct fuse_in_header *in, 
 	if (size < sizeof(seek))
 		return reply(gate, in, EINVAL, NULL, 0);
 	memcpy(&seek, body, sizeof(seek));
+	if (seek.whence != SEEK_DATA && seek.whence != SEEK_HOLE) /* the kernel knows the others itself */
+		return reply(gate, in, EINVAL, NULL, 0);
 	offset = lseek(file->fd, (off_t)seek.offset, (int)seek.whence);
 	if (offset < 0)
 		return reply(gate, in, errno, NULL, 0);

@@ -13,7 +13,7 @@
 #include <sys/stat.h>
 #include <sys/types.h>
 
-/* -- map.c: from a 64-bit key (never 0) to a pointer ------------------------------------------------------------- */
+/* -- map.c: from a 64-bit key to a pointer; nothing is ever under 0 ------------------------------------------------ */
 
 struct map_slot {
 	uint64_t key;
@@ -28,7 +28,7 @@ struct map {
 
 void *map_get(const struct map *map, uint64_t key);
 bool map_has(const struct map *map, uint64_t key);
-/* False when there is no memory; the map is as it was. */
+/* False when there is no memory, or the key is 0; the map is as it was. */
 bool map_put(struct map *map, uint64_t key, void *value);
 void *map_take(struct map *map, uint64_t key);
 void map_free(struct map *map);
@@ -51,11 +51,12 @@ struct home {
 };
 
 struct name {
-	uint64_t real; /* inode number in its layer */
+	uint64_t real; /* inode number in its layer; 0: never plain */
 	uint32_t text; /* offset in `directory.text` */
 	uint16_t home;
 	uint8_t length;
-	uint8_t kind; /* NAME_* */
+	uint8_t kind : 4;  /* NAME_* */
+	uint8_t first : 4; /* it was NAME_ASK when it came: listed before the others. Never changes: see `arrange` */
 };
 
 struct directory {
@@ -109,6 +110,9 @@ bool facts_retract(struct facts *facts, struct directory *directory, const char 
 
 /* Whether the object has no xattrs at all. */
 bool facts_bare(int directory, const char *name);
+/* Python let go of the node of a name that means what it meant when it was published. */
+void facts_give_back(struct directory *directory, uint32_t position, uint8_t kind);
+
 /* lstat of a plain name. False: not as published (changed from outside, several links, an error): ask Python. */
 bool facts_stat(struct facts *facts, struct directory *directory, uint32_t name, struct stat *st);
 /* Descriptor of the lower directory of a plain name, or -1. Valid until the next call of anything here. */
@@ -177,7 +181,7 @@ struct listing {
 	uint64_t directory, parent;
 	uint32_t *order; /* positions in the directory's names */
 	uint32_t count;
-	bool fresh; /* not read from its start yet */
+	bool fresh; /* not read from its start yet: made by OPENDIR, not by a READDIRPLUS that rewound */
 };
 
 struct gate {

@@ -133,17 +133,20 @@ static uint32_t slots_for(uint32_t names)
 struct directory *facts_prepare(struct facts *facts, uint64_t id, uint32_t names, uint32_t homes)
 {
 	struct directory *directory = calloc(1, sizeof(*directory));
-	uint32_t slots = slots_for(names);
+	uint32_t slots;
 
-	if (!directory)
+	if (!directory || names >= UINT32_MAX / 4) {
+		free(directory);
 		return NULL;
+	}
+	slots = slots_for(names);
 	directory->id = id;
 	directory->capacity = names ? names : 1;
 	directory->mask = slots - 1;
 	directory->names = malloc(directory->capacity * sizeof(struct name));
 	directory->index = calloc(slots, sizeof(uint32_t));
 	directory->homes = calloc(homes ? homes : 1, sizeof(struct home));
-	if (!directory->names || !directory->index || !directory->homes || names >= UINT32_MAX / 4) {
+	if (!directory->names || !directory->index || !directory->homes) {
 		facts_discard(facts, directory);
 		return NULL;
 	}
@@ -212,10 +215,12 @@ bool facts_name(struct facts *facts, struct directory *directory, const char *te
 			note(facts, directory, at);
 	}
 	if (real <= 1 || real > REAL_MAX)
+		real = 0;
+	if (!real)
 		kind = NAME_ASK;
 	memcpy(directory->text + directory->text_used, text, length);
 	directory->names[directory->count] =
-		(struct name){real, directory->text_used, home, (uint8_t)length, kind};
+		(struct name){real, directory->text_used, home, (uint8_t)length, kind & 15, kind == NAME_ASK};
 	directory->text_used += (uint32_t)length;
 	note(facts, directory, directory->count++);
 	return true;
@@ -265,6 +270,12 @@ bool facts_retract(struct facts *facts, struct directory *directory, const char 
 	facts->bytes += size_of(directory) - before;
 	facts->names++;
 	return true;
+}
+
+void facts_give_back(struct directory *directory, uint32_t position, uint8_t kind)
+{
+	if (directory->names[position].real)
+		directory->names[position].kind = kind & 15;
 }
 
 /* -- objects -------------------------------------------------------------------------------------------------------- */

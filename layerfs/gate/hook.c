@@ -67,6 +67,8 @@ static void note_init(struct gate *gate, const struct fuse_in_header *in, const 
 	struct fuse_init_in init = {0};
 	size_t body = size - sizeof(*in);
 
+	if (size < sizeof(*in))
+		return;
 	memcpy(&init, frame + sizeof(*in), body < sizeof(init) ? body : sizeof(init));
 	gate->init_unique = in->unique;
 	gate->init_flags = init.flags;
@@ -82,7 +84,7 @@ ssize_t hook_receive(struct gate *gate, int device, void *buffer, size_t size)
 
 	for (;;) {
 		ssize_t got = read(device, buffer, size);
-		struct fuse_in_header in;
+		struct fuse_in_header in = {0};
 		size_t length;
 
 		if (got < 0 && errno == EAGAIN) {
@@ -143,7 +145,7 @@ static void change_init(const struct gate *gate, struct fuse_init_out *init)
 static ssize_t send_reply(int device, struct iovec *parts, int count, void *data)
 {
 	struct fuse_out_header header;
-	struct iovec changed[2];
+	struct iovec changed[3];
 	struct fuse_open_out opened;
 	struct fuse_init_out init;
 	uint32_t opcode = 0;
@@ -162,13 +164,17 @@ static ssize_t send_reply(int device, struct iovec *parts, int count, void *data
 		memcpy(&init, parts[1].iov_base, sizeof(init));
 		change_init(armed, &init);
 		changed[1].iov_base = &init;
+		/* Whatever a later libfuse has behind it stays. */
 		changed[1].iov_len = sizeof(init);
+		changed[2].iov_base = (char *)parts[1].iov_base + sizeof(init);
+		changed[2].iov_len = parts[1].iov_len - sizeof(init);
+		count = changed[2].iov_len ? 3 : 2;
 	} else if (opcode == FUSE_OPENDIR && parts[1].iov_len == sizeof(opened)) {
 		memcpy(&opened, parts[1].iov_base, sizeof(opened));
 		opened.open_flags |= FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE;
 		changed[1].iov_base = &opened;
 	}
-	return writev(device, changed, 2);
+	return writev(device, changed, count);
 }
 
 static int take_over(struct fuse_session *session)

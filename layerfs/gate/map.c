@@ -12,7 +12,7 @@ static size_t home_of(const struct map *map, uint64_t key)
 
 static struct map_slot *find(const struct map *map, uint64_t key)
 {
-	if (!map->slots)
+	if (!map->slots || !key)
 		return NULL;
 	for (size_t at = home_of(map, key);; at = (at + 1) & map->mask) {
 		if (map->slots[at].key == key)
@@ -62,6 +62,8 @@ bool map_put(struct map *map, uint64_t key, void *value)
 {
 	struct map_slot *slot = find(map, key);
 
+	if (!key)
+		return false;
 	if (slot) {
 		slot->value = value;
 		return true;

@@ -39,6 +39,7 @@ cdef extern from "core.h":
         uint32_t text
         uint8_t length
         uint8_t kind
+        uint8_t first
 
     struct directory:
         uint64_t id
@@ -100,6 +101,7 @@ cdef extern from "core.h":
     directory *facts_directory(const facts *, uint64_t) nogil
     int64_t facts_find(const facts *, const directory *, const char *, size_t) nogil
     bint facts_retract(facts *, directory *, const char *, size_t) nogil
+    void facts_give_back(directory *, uint32_t, uint8_t) nogil
     uint64_t facts_adopt(facts *, directory *, uint32_t) nogil
     int files_switch(files *, uint64_t, int) nogil
     bint gate_init(gate *, uint32_t, uint64_t) nogil
@@ -357,8 +359,8 @@ cdef class NativeGate:
         cdef int64_t position
         if found != NULL:
             position = facts_find(&_gate.facts, found, name, len(name))
-            if position >= 0 and found.names[position].real:
-                found.names[position].kind = NAME_PLAIN_DIRECTORY if is_dir else NAME_PLAIN
+            if position >= 0:
+                facts_give_back(found, <uint32_t>position, NAME_PLAIN_DIRECTORY if is_dir else NAME_PLAIN)
 
     def lend(self, uint64_t handle, int fd, bint writes):
         """Files that Python opened may be read here, and written."""
@@ -379,7 +381,10 @@ cdef class NativeGate:
     # -- listing ----------------------------------------------------------------------------------
 
     def arrange(self, uint64_t id, names):
-        """`names` with those first that Python must answer for."""
+        """`names` with those first that Python had to answer for when they came.
+
+        The kernel keeps a listing for all who open the directory, by the offsets of whoever read it (fs/fuse/readdir.c
+        fuse_add_dirent_to_cache): the order may not depend on anything but changes that it knows of."""
         cdef directory *found = facts_directory(&_gate.facts, id)
         cdef int64_t position
         if found == NULL:
@@ -388,7 +393,7 @@ cdef class NativeGate:
         plain = []
         for name in names:
             position = facts_find(&_gate.facts, found, name, len(name))
-            if position >= 0 and found.names[position].kind != NAME_ASK:
+            if position >= 0 and not found.names[position].first:
                 plain.append(name)
             else:
                 asked.append(name)

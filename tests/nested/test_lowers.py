@@ -42,7 +42,7 @@ def copy_of(tree: Path, stack: Stack) -> Path:
     return stack.mnt
 
 
-def test_work_over(shown: Path, make_stack: type[Stack]) -> None:
+def test_work_over(request: pytest.FixtureRequest, shown: Path, make_stack: type[Stack]) -> None:
     """Copy-up, renames, whiteouts, hard links: as on a plain copy, before and after a remount; what lies
     below is never touched.
     """
@@ -67,7 +67,11 @@ def test_work_over(shown: Path, make_stack: type[Stack]) -> None:
         m.remount()
         assert_equal(live, work.look(m.mnt), message="after remount")
         assert work.unique_numbers(m.mnt) == numbers
-    assert_equal(below, work.look(shown), strict=["ino"], message="what lies below was changed")
+    # fuse-overlayfs tells another link count from time to time, with nobody above it.
+    varies = ["nlink"] if request.node.callspec.params["shown"] == "fuse-overlayfs" else []
+    assert_equal(
+        below, work.look(shown), strict=["ino"], ignore=varies, message="what lies below was changed"
+    )
 
 
 def test_open_files_over(shown: Path, make_stack: type[Stack]) -> None:

@@ -1,0 +1,1 @@
+"""The native gate held to its twin, fuzzed, and under load."""

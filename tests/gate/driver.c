@@ -1,0 +1,351 @@
+/*
+ * The gate's core without Python: commands in, what it did out. `driver.py` is the other side.
+ *
+ * Both ways: a length (u32) and that many bytes, all numbers little-endian and unaligned. A command is a letter and its
+ * operands; a string is a length (u16) and its bytes. What each answers with stands at its `case`.
+ *
+ * The device is one end of a SOCK_SEQPACKET socketpair: each reply is one packet.
+ */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fuse.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define FRAME_MAX (1 << 20)
+/* Milliseconds that a reader's thread may take. */
+#define PATIENCE 10000
+
+static struct gate gate;
+static int kernel = -1, unplugged = -1;
+static int layers[64], layer_count;
+
+/* -- what came in, what goes out ------------------------------------------------------------------------------------ */
+
+static uint8_t in[FRAME_MAX], out[4 * FRAME_MAX];
+static size_t in_size, in_at, out_size;
+
+static void fail(const char *why)
+{
+	fprintf(stderr, "driver: %s\n", why);
+	exit(2);
+}
+
+static const void *take(size_t size)
+{
+	if (in_size - in_at < size)
+		fail("a command is too short");
+	in_at += size;
+	return in + in_at - size;
+}
+
+static uint64_t number(size_t size)
+{
+	uint64_t value = 0;
+
+	memcpy(&value, take(size), size);
+	return value;
+}
+
+/* Its length goes to `*length`. */
+static const char *string(size_t *length)
+{
+	*length = number(2);
+	return take(*length);
+}
+
+static void put(const void *data, size_t size)
+{
+	if (sizeof(out) - out_size < size)
+		fail("an answer is too long");
+	if (size)
+		memcpy(out + out_size, data, size);
+	out_size += size;
+}
+
+static void put_number(uint64_t value, size_t size)
+{
+	put(&value, size);
+}
+
+/* A copy with the end that system calls want. */
+static char *path_operand(void)
+{
+	size_t length;
+	const char *text = string(&length);
+	char *copy = malloc(length + 1);
+
+	memcpy(copy, text, length);
+	copy[length] = '\0';
+	return copy;
+}
+
+/* -- what the core calls -------------------------------------------------------------------------------------------- */
+
+static uint64_t let_go[1024];
+static size_t let_go_count;
+
+static void on_let_go(uint64_t id)
+{
+	if (let_go_count < sizeof(let_go) / sizeof(*let_go))
+		let_go[let_go_count++] = id;
+}
+
+/* -- commands ------------------------------------------------------------------------------------------------------- */
+
+static void start(void)
+{
+	uint32_t descriptors = (uint32_t)number(4);
+	uint64_t resolve = number(8);
+	int pair[2], size = 4 << 20;
+
+	if (!gate_init(&gate, descriptors, resolve) ||
+	    socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
+		fail("no gate");
+	/* As root a listing of 256 KiB fits; others ask for less. */
+	setsockopt(pair[0], SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof(size));
+	gate.device = pair[0];
+	kernel = pair[1];
+	gate.let_go = on_let_go;
+	gate.xattrs = number(1);
+	gate.carries = number(1);
+	if (number(1)) {
+		char *path = path_operand();
+
+		gate.statfs = open(path, O_PATH | O_CLOEXEC);
+		free(path);
+	}
+}
+
+static void publish(void)
+{
+	uint64_t id = number(8);
+	uint32_t homes = (uint32_t)number(2), names = (uint32_t)number(4);
+	struct directory *directory = facts_prepare(&gate.facts, id, names, homes);
+
+	if (!directory)
+		fail("no memory");
+	for (uint32_t at = 0; at < homes; at++) {
+		int root = layers[number(1)];
+		uint64_t base = number(8);
+		size_t length;
+		const char *path = string(&length);
+
+		facts_home(directory, root, path, length, base);
+	}
+	for (uint32_t at = 0; at < names; at++) {
+		uint8_t kind = (uint8_t)number(1);
+		uint16_t home = (uint16_t)number(2);
+		uint64_t real = number(8);
+		size_t length;
+		const char *name = string(&length);
+
+		facts_name(&gate.facts, directory, name, length, kind, home, real);
+	}
+	put_number(facts_publish(&gate.facts, directory), 1);
+}
+
+/* The position that a name operand has in `directory`, or -1. */
+static int64_t position_in(struct directory *directory)
+{
+	size_t length;
+	const char *name = string(&length);
+
+	return directory ? facts_find(&gate.facts, directory, name, length) : -1;
+}
+
+static void list(void)
+{
+	uint64_t handle = number(8), id = number(8), parent = number(8);
+	uint32_t count = (uint32_t)number(4);
+	uint32_t *order = malloc((count + 1) * sizeof(*order));
+	struct directory *directory = facts_directory(&gate.facts, id);
+
+	for (uint32_t at = 0; at < count; at++) {
+		int64_t position = position_in(directory);
+
+		if (position < 0)
+			fail("a listed name that is none");
+		order[at] = (uint32_t)position;
+	}
+	if (!gate_list(&gate, handle, id, parent, order, count, !map_has(&gate.listings, handle)))
+		fail("no memory");
+}
+
+static void frame(void)
+{
+	bool waited_for = number(1);
+	size_t length = in_size - in_at, size = length;
+	uint8_t *copy = malloc(length ? length : 1); /* of its own, so that every byte beyond it is poisoned */
+	struct pollfd ready = {.fd = kernel, .events = POLLIN};
+	static uint8_t reply[FRAME_MAX];
+	enum verdict verdict;
+	size_t replies_at;
+	uint32_t replies = 0;
+
+	memcpy(copy, take(length), length);
+	let_go_count = 0;
+	verdict = gate_answer(&gate, copy, &size);
+	put_number(verdict, 1);
+	put_number(size, 4);
+	put(copy, size);
+	free(copy);
+	replies_at = out_size;
+	put_number(0, 4);
+	for (;;) {
+		ssize_t got;
+
+		/* Readers answer later. */
+		if (poll(&ready, 1, waited_for && verdict == ANSWERED && !replies ? PATIENCE : 0) <= 0)
+			break;
+		got = recv(kernel, reply, sizeof(reply), MSG_DONTWAIT);
+		if (got <= 0)
+			break;
+		put_number((uint64_t)got, 4);
+		put(reply, (size_t)got);
+		replies++;
+	}
+	memcpy(out + replies_at, &replies, 4);
+	put_number(let_go_count, 4);
+	put(let_go, let_go_count * sizeof(*let_go));
+}
+
+static void command(void)
+{
+	uint8_t letter = (uint8_t)number(1);
+	struct directory *directory;
+	struct known *known;
+	int64_t position;
+	uint64_t id;
+	char *path;
+	int fd;
+
+	switch (letter) {
+	case 'I': /* descriptors u32, resolve u64, xattrs u8, carries u8, statfs u8 [path]: begin; first of all */
+		start();
+		break;
+	case 'L': /* path: the next layer's root */
+		path = path_operand();
+		fd = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+		free(path);
+		if (fd < 0 || layer_count == sizeof(layers) / sizeof(*layers))
+			fail("no such layer");
+		layers[layer_count++] = fd;
+		break;
+	case 'P': /* id, homes u16, names u32, homes (layer u8, base u64, path), names (kind u8, home u16, real u64,
+		     name): publish. u8: done */
+		publish();
+		break;
+	case 'D': /* id: forget a directory, of which nothing must be known */
+		facts_forget(&gate.facts, number(8));
+		break;
+	case 'R': /* id, name: retract. u8: done */
+		directory = facts_directory(&gate.facts, number(8));
+		{
+			size_t length;
+			const char *name = string(&length);
+
+			put_number(directory && facts_retract(&gate.facts, directory, name, length), 1);
+		}
+		break;
+	case 'A': /* id, name: adopt. u64: lookups */
+		directory = facts_directory(&gate.facts, number(8));
+		position = position_in(directory);
+		put_number(position < 0 ? 0 : facts_adopt(&gate.facts, directory, (uint32_t)position), 8);
+		break;
+	case 'B': /* id, name: give back */
+		directory = facts_directory(&gate.facts, number(8));
+		position = position_in(directory);
+		if (position >= 0)
+			facts_give_back(directory, (uint32_t)position, NAME_PLAIN);
+		break;
+	case 'C': /* id: claim */
+		map_put(&gate.facts.claimed, number(8), NULL);
+		break;
+	case 'U': /* id: unclaim */
+		map_take(&gate.facts.claimed, number(8));
+		break;
+	case 'H': /* id: does the kernel hold objects of a directory? u8 */
+		directory = facts_directory(&gate.facts, number(8));
+		if (directory && directory->known)
+			directory->let_go = true;
+		put_number(directory && directory->known, 1);
+		break;
+	case 'K': /* id: u64 lookups, 0: not known; u64 directory */
+		known = map_get(&gate.facts.known, number(8));
+		put_number(known ? known->lookups : 0, 8);
+		put_number(known ? known->directory->id : 0, 8);
+		break;
+	case 'S': /* handle, id, parent, count u32, names: list */
+		list();
+		break;
+	case 'X': /* node, path: its open files read that one. u32: how many */
+		id = number(8);
+		path = path_operand();
+		fd = open(path, O_RDONLY | O_CLOEXEC);
+		free(path);
+		put_number((uint64_t)files_switch(&gate.files, id, fd), 4);
+		close(fd);
+		break;
+	case 'G': /* u8: whether replies go nowhere from now on, as when whoever asked was killed */
+		if (number(1)) {
+			unplugged = gate.device;
+			gate.device = open("/dev/null", O_RDONLY | O_CLOEXEC);
+		} else {
+			close(gate.device);
+			gate.device = unplugged;
+		}
+		break;
+	case 'F': /* u8: wait for a reply; the rest: a frame. u8 verdict, u32 + bytes: the frame as it is now, u32
+		     replies, each u32 + bytes, u32 directories let go of, u64 each */
+		frame();
+		break;
+	case 'N': /* u64 each: names, bytes, known, claimed, open files, listings, slots of `known`, 64 natively, 64
+		     passed */
+		put_number(gate.facts.names, 8);
+		put_number(gate.facts.bytes, 8);
+		put_number(gate.facts.known.used, 8);
+		put_number(gate.facts.claimed.used, 8);
+		put_number(gate.files.open, 8);
+		put_number(gate.listings.used, 8);
+		put_number(gate.facts.known.slots ? gate.facts.known.mask + 1 : 0, 8);
+		put(gate.natively, sizeof(gate.natively));
+		put(gate.passed, sizeof(gate.passed));
+		break;
+	default:
+		fail("no such command");
+	}
+}
+
+static bool get(void *data, size_t size)
+{
+	return fread(data, 1, size, stdin) == size;
+}
+
+int main(void)
+{
+	uint32_t size;
+
+	if (chdir("/proc")) /* as the daemon: answer.c has_no_xattrs */
+		fail("no /proc");
+	while (get(&size, sizeof(size))) {
+		if (size > sizeof(in) || !get(in, size))
+			fail("a command is too long, or cut");
+		in_size = size;
+		in_at = out_size = 0;
+		command();
+		size = (uint32_t)out_size;
+		if (fwrite(&size, 1, sizeof(size), stdout) != sizeof(size) ||
+		    fwrite(out, 1, out_size, stdout) != out_size || fflush(stdout))
+			fail("nobody listens");
+	}
+	gate_free(&gate); /* what is left then is a leak */
+	return 0;
+}

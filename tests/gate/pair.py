@@ -1,0 +1,131 @@
+"""The C core and its Python twin side by side, over the same layers: whatever is done to one is done to both,
+and what they say must be the same."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tests.gate.driver import Driver
+from tests.gate.twin import Answer, Home, Plain, Twin
+
+#: The root's node id, and a handle of Python's that lists it.
+ROOT, LISTS_ROOT = 1, 5
+#: Where the numbers of layer n begin.
+SHIFT = 48
+
+
+class Pair:
+    def __init__(
+        self,
+        program: Path,
+        base: Path,
+        *,
+        layers: int = 1,
+        descriptors: int = 8,
+        xattrs: bool = True,
+        carries: bool = False,
+        statfs: str | None = "/proc",
+    ) -> None:
+        self.core = Driver(program, descriptors=descriptors, xattrs=xattrs, carries=carries, statfs=statfs)
+        self.twin = Twin(descriptors=descriptors, xattrs=xattrs, carries=carries, statfs=statfs)
+        self.layers = [base / f"layer{number}" for number in range(layers)]
+        for layer in self.layers:
+            layer.mkdir()
+            self.core.add_layer(str(layer))
+            self.twin.layers.append(str(layer))
+
+    def close(self) -> None:
+        self.twin.close()
+        self.core.close()
+
+    # -- facts ------------------------------------------------------------------------------------
+
+    def home(self, layer: int = 0, path: bytes = b"") -> Home:
+        return Home(layer, path, layer + 1 << SHIFT)
+
+    def node(self, path: str, layer: int = 0) -> int:
+        return self.home(layer).base | os.lstat(self.layers[layer] / path).st_ino
+
+    def publish(self, id: int = ROOT, *, path: str = "", asked: tuple[bytes, ...] = ()) -> None:
+        """All that lies in one directory of the first layer; of `asked`, that it is there."""
+        self.publish_names(id, [self.home(0, os.fsencode(path))], self.names_in(path, asked))
+
+    def names_in(self, path: str = "", asked: tuple[bytes, ...] = ()) -> dict[bytes, Plain | None]:
+        names: dict[bytes, Plain | None] = {}
+        with os.scandir(os.fsencode(self.layers[0] / path)) as found:
+            for each in sorted(found, key=lambda each: each.name):
+                plain = not each.is_dir(follow_symlinks=False) and each.name not in asked
+                names[each.name] = Plain(0, each.inode()) if plain else None
+        return names
+
+    def publish_names(self, id: int, homes: list[Home], names: dict[bytes, Plain | None]) -> None:
+        self.core.publish(id, homes, names)
+        self.twin.publish(id, homes, names)
+
+    def forget_directory(self, id: int) -> None:
+        self.core.forget_directory(id)
+        self.twin.forget_directory(id)
+
+    def retract(self, id: int, name: bytes) -> bool:
+        done = self.twin.retract(id, name)
+        assert self.core.retract(id, name) == done
+        return done
+
+    def adopt(self, id: int, name: bytes) -> int:
+        lookups = self.twin.adopt(id, name)
+        assert self.core.adopt(id, name) == lookups
+        return lookups
+
+    def give_back(self, id: int, name: bytes) -> None:
+        self.core.give_back(id, name)
+        self.twin.give_back(id, name)
+
+    def claim(self, node: int) -> None:
+        self.core.claim(node)
+        self.twin.claimed.add(node)
+
+    def unclaim(self, node: int) -> None:
+        self.core.unclaim(node)
+        self.twin.claimed.discard(node)
+
+    def holds(self, id: int) -> bool:
+        held = self.twin.holds(id)
+        assert self.core.holds(id) == held
+        return held
+
+    def list_names(self, handle: int, id: int, names: list[bytes], parent: int = ROOT) -> None:
+        self.core.list_names(handle, id, parent, names)
+        self.twin.list_names(handle, id, parent, names)
+
+    def switch(self, node: int, path: str) -> int:
+        count = self.twin.switch(node, path)
+        assert self.core.switch(node, path) == count
+        return count
+
+    def plug(self, arrive: bool) -> None:
+        """Whether replies arrive from now on."""
+        if arrive != self.twin.plugged:
+            self.core.plug(arrive)
+            self.twin.plugged = arrive
+
+    # -- frames -----------------------------------------------------------------------------------
+
+    def feed(self, frame: bytes) -> Answer:
+        """What both say."""
+        core = self.core.answer(frame, arrive=self.twin.plugged)
+        twin = self.twin.answer(frame)
+        assert core == twin
+        return twin
+
+    def agree(self) -> None:
+        """On what is known, open and listed."""
+        counts = self.core.counts()
+        twin = self.twin
+        assert counts.known == len(twin.known)
+        assert counts.names == sum(len(directory.names) for directory in twin.directories.values())
+        assert counts.claimed == len(twin.claimed)
+        assert counts.open == len(twin.open)
+        assert counts.listings == len(twin.listings)
+        for node, known in twin.known.items():
+            assert self.core.known(node) == (known.lookups, known.directory.id)

@@ -1,0 +1,486 @@
+"""Each row of gate/PROTOCOL.md, by hand-made frames: the core and its twin say the same, and it is this."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.gate import frames as f
+from tests.gate.pair import LISTS_ROOT, ROOT, Pair
+from tests.gate.twin import NATIVE, READ_MAX, Answer, Home, Plain, Verdict
+
+BODY = f.OUT_HEADER.size
+
+
+@pytest.fixture
+def tree(pair: Pair) -> Pair:
+    """The root with a name of each kind, published."""
+    return lay_out(pair)
+
+
+def lay_out(pair: Pair) -> Pair:
+    top = pair.layers[0]
+    (top / "file").write_text("some text")
+    (top / "other").write_bytes(bytes(5000))
+    (top / "link").symlink_to("file")
+    os.mkfifo(top / "pipe")
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(top / "socket"))
+    (top / "twice").write_text("hard-linked")
+    os.link(top / "twice", top / "again")
+    (top / "marked").write_text("has an xattr")
+    os.setxattr(top / "marked", "user.mark", b"1")
+    (top / "directory").mkdir()
+    (top / "asked").write_text("Python's")
+    for path in top.iterdir():
+        if path.is_file():
+            with open(path) as file:
+                os.fsync(file)  # st_blocks is final
+    pair.publish(asked=(b"asked",))
+    return pair
+
+
+def passed(answer: Answer) -> bool:
+    return answer.verdict is Verdict.PASSED and not answer.replies and not answer.let_go
+
+
+def error(answer: Answer) -> int:
+    assert answer.verdict is Verdict.ANSWERED and len(answer.replies) == 1
+    size, negative, _ = f.OUT_HEADER.unpack_from(answer.replies[0])
+    assert size == len(answer.replies[0])
+    return -int(negative)
+
+
+def payload(answer: Answer) -> bytes:
+    assert error(answer) == 0
+    return answer.replies[0][BODY:]
+
+
+def look_up(pair: Pair, name: str, directory: int = ROOT) -> int:
+    """The node that the kernel gets."""
+    (node,) = struct.unpack_from("<Q", payload(pair.feed(f.lookup(directory, name.encode()))))
+    return int(node)
+
+
+def open_file(pair: Pair, name: str) -> tuple[int, int]:
+    """(node, handle)"""
+    node = look_up(pair, name)
+    handle, flags, _ = f.OPEN_OUT.unpack(payload(pair.feed(f.open(node))))
+    assert handle & NATIVE and flags == f.FOPEN_KEEP_CACHE
+    return node, handle
+
+
+# -- LOOKUP, FORGET, BATCH_FORGET ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["file", "link", "pipe", "socket", "marked"])
+def test_lookup_of_a_plain_name(tree: Pair, name: str) -> None:
+    answer = payload(tree.feed(f.lookup(ROOT, name.encode())))
+    assert answer == f.entry(os.lstat(tree.layers[0] / name), tree.node(name))
+    assert tree.core.known(tree.node(name)) == (1, ROOT)
+    look_up(tree, name)
+    assert tree.core.known(tree.node(name)) == (2, ROOT)
+
+
+def test_lookup_of_an_absent_name_is_answered_for_ever(tree: Pair) -> None:
+    assert payload(tree.feed(f.lookup(ROOT, b"absent"))) == f.ABSENT
+    assert tree.core.counts().known == 0
+
+
+@pytest.mark.parametrize("name", ["asked", "directory", "twice", ".", ".."])
+def test_lookup_that_python_answers(tree: Pair, name: str) -> None:
+    """Names that are not plain, hard-linked files, and what no file system here is asked for."""
+    assert passed(tree.feed(f.lookup(ROOT, name.encode())))
+    assert tree.core.counts().known == 0
+
+
+def test_lookup_in_a_directory_that_is_not_published(tree: Pair) -> None:
+    assert passed(tree.feed(f.lookup(99, b"file")))
+
+
+def test_lookup_of_long_names(tree: Pair) -> None:
+    assert payload(tree.feed(f.lookup(ROOT, b"n" * 255))) == f.ABSENT
+    assert passed(tree.feed(f.lookup(ROOT, b"n" * 256)))  # ENAMETOOLONG is Python's to say
+
+
+def test_a_file_that_was_replaced_outside_is_python_s(tree: Pair) -> None:
+    node = look_up(tree, "file")
+    new = tree.layers[0] / "new"
+    new.write_text("another")
+    new.rename(tree.layers[0] / "file")
+    assert passed(tree.feed(f.lookup(ROOT, b"file")))
+    assert passed(tree.feed(f.getattr(node)))
+    assert passed(tree.feed(f.open(node)))
+
+
+def test_a_file_that_vanished_outside_is_python_s(tree: Pair) -> None:
+    node = look_up(tree, "file")
+    (tree.layers[0] / "file").unlink()
+    assert passed(tree.feed(f.lookup(ROOT, b"file")))
+    assert passed(tree.feed(f.getattr(node)))
+
+
+def test_a_home_behind_a_symbolic_link_is_not_entered(tree: Pair) -> None:
+    """A directory replaced outside by a link: no way through it may lead out of the layer."""
+    top = tree.layers[0]
+    (top / "directory" / "below").write_text("b")
+    tree.publish(100, path="directory")
+    node = look_up(tree, "below", 100)
+    (top / "directory").rename(top / "moved")
+    tree.publish_names(101, [Home(0, b"directory", 1 << 48)], {b"below": Plain(0, node & (1 << 48) - 1)})
+    (top / "directory").symlink_to("moved")
+    assert passed(tree.feed(f.lookup(101, b"below")))
+
+
+def test_forget(tree: Pair) -> None:
+    node = look_up(tree, "file")
+    look_up(tree, "file")
+    answer = tree.feed(f.forget(node, 1))
+    assert (answer.verdict, answer.replies) == (Verdict.ANSWERED, [])
+    assert tree.core.known(node) == (1, ROOT)
+    tree.feed(f.forget(node, 1))
+    assert tree.core.counts().known == 0
+    assert passed(tree.feed(f.forget(node, 1)))  # it is Python's, if anybody's
+
+
+def test_batch_forget_is_shortened_to_what_python_knows(tree: Pair) -> None:
+    ours = look_up(tree, "file")
+    answer = tree.feed(f.batch_forget((77, 1), (ours, 1), (78, 2)))
+    assert answer.verdict is Verdict.PASSED
+    assert answer.frame == f.batch_forget((77, 1), (78, 2))
+    assert tree.core.counts().known == 0
+
+
+def test_batch_forget_of_known_objects_alone_is_answered(tree: Pair) -> None:
+    nodes = [look_up(tree, name) for name in ("file", "link", "other")]
+    answer = tree.feed(f.batch_forget(*((node, 1) for node in nodes)))
+    assert (answer.verdict, answer.replies) == (Verdict.ANSWERED, [])
+    assert tree.core.counts().known == 0
+
+
+def test_batch_forget_that_lies_about_its_length(tree: Pair) -> None:
+    node = look_up(tree, "file")
+    frame = bytearray(f.batch_forget((node, 1)))
+    struct.pack_into("<I", frame, f.IN_HEADER.size, 2)
+    assert passed(tree.feed(bytes(frame)))
+    assert tree.core.known(node) == (1, ROOT)
+
+
+def test_a_directory_is_let_go_of_with_its_last_object(tree: Pair) -> None:
+    first, second = look_up(tree, "file"), look_up(tree, "link")
+    assert tree.holds(ROOT)
+    assert tree.feed(f.forget(first, 1)).let_go == []
+    assert tree.feed(f.batch_forget((second, 1))).let_go == [ROOT]
+    assert not tree.holds(ROOT)
+
+
+# -- what Python takes over ----------------------------------------------------------------------------
+
+
+def test_an_adopted_name_is_python_s(tree: Pair) -> None:
+    node = look_up(tree, "file")
+    look_up(tree, "file")
+    assert tree.adopt(ROOT, b"file") == 2
+    for frame in (f.lookup(ROOT, b"file"), f.getattr(node), f.open(node), f.forget(node, 1)):
+        assert passed(tree.feed(frame))
+    tree.give_back(ROOT, b"file")
+    assert look_up(tree, "file") == node
+
+
+def test_a_name_that_was_never_plain_is_not_given_back(tree: Pair) -> None:
+    tree.give_back(ROOT, b"asked")
+    assert passed(tree.feed(f.lookup(ROOT, b"asked")))
+
+
+@pytest.mark.parametrize("real", [0, 1, 1 << 48, (1 << 64) - 1])
+def test_a_number_that_does_not_fit_is_python_s(tree: Pair, real: int) -> None:
+    """1 is the root's node, and beyond 2^48 is the number of the layer."""
+    tree.publish_names(50, [tree.home()], {b"file": Plain(0, real)})
+    assert passed(tree.feed(f.lookup(50, b"file")))
+    tree.give_back(50, b"file")
+    assert passed(tree.feed(f.lookup(50, b"file")))
+
+
+def test_a_retracted_name_is_python_s(tree: Pair) -> None:
+    tree.retract(ROOT, b"file")
+    tree.retract(ROOT, b"new")
+    assert passed(tree.feed(f.lookup(ROOT, b"file")))
+    assert passed(tree.feed(f.lookup(ROOT, b"new")))
+    assert payload(tree.feed(f.lookup(ROOT, b"newer"))) == f.ABSENT
+
+
+def test_a_node_that_python_has_is_not_made_a_second_time(tree: Pair) -> None:
+    node = tree.node("file")
+    tree.claim(node)
+    assert passed(tree.feed(f.lookup(ROOT, b"file")))
+    tree.unclaim(node)
+    assert look_up(tree, "file") == node
+
+
+def test_one_object_under_two_names_is_answered_under_one(tree: Pair) -> None:
+    tree.publish_names(60, [tree.home()], {b"file": Plain(0, tree.node("file") & (1 << 48) - 1)})
+    look_up(tree, "file")
+    assert passed(tree.feed(f.lookup(60, b"file")))
+
+
+def test_a_reply_that_nobody_waits_for_counts_nothing(tree: Pair) -> None:
+    tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link"])
+    node = look_up(tree, "other")
+    assert tree.holds(ROOT)
+    tree.plug(False)
+    tree.feed(f.lookup(ROOT, b"file"))
+    tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0))
+    tree.feed(f.open(node))
+    tree.plug(True)
+    tree.agree()
+    assert set(tree.twin.known) == {node}
+    tree.feed(f.forget(node, 1))
+    # The directory goes with an object of which the kernel has not heard, too.
+    tree.plug(False)
+    assert tree.feed(f.lookup(ROOT, b"file")).let_go == [ROOT]
+
+
+# -- GETATTR, READLINK, GETXATTR, LISTXATTR, STATFS ----------------------------------------------------
+
+
+def test_getattr(tree: Pair) -> None:
+    node = look_up(tree, "other")
+    answer = payload(tree.feed(f.getattr(node)))
+    assert answer == f.ATTR_OUT.pack(f.FOR_EVER, 0, 0) + f.attributes(
+        os.lstat(tree.layers[0] / "other"), node
+    )
+
+
+def test_getattr_of_python_s_nodes(tree: Pair) -> None:
+    assert passed(tree.feed(f.getattr(ROOT)))
+    assert passed(tree.feed(f.getattr(tree.node("file"))))  # the kernel has not got it from here
+
+
+def test_readlink(tree: Pair) -> None:
+    assert payload(tree.feed(f.frame(f.READLINK, look_up(tree, "link")))) == b"file"
+    assert passed(tree.feed(f.frame(f.READLINK, look_up(tree, "file"))))
+    assert passed(tree.feed(f.frame(f.READLINK, ROOT)))
+
+
+def test_an_object_without_xattrs(tree: Pair) -> None:
+    for name in ("file", "link", "pipe"):
+        node = look_up(tree, name)
+        assert error(tree.feed(f.getxattr(node, b"user.mark"))) == errno.ENODATA
+        assert payload(tree.feed(f.listxattr(node))) == f.GETXATTR_OUT.pack(0, 0)
+        assert payload(tree.feed(f.listxattr(node, 100))) == b""
+
+
+def test_an_object_with_xattrs_is_python_s(tree: Pair) -> None:
+    node = look_up(tree, "marked")
+    assert passed(tree.feed(f.getxattr(node, b"user.mark")))
+    assert passed(tree.feed(f.getxattr(node, b"user.other")))
+    assert passed(tree.feed(f.listxattr(node)))
+
+
+def test_xattrs_where_users_see_none(make_pair: Callable[..., Pair]) -> None:
+    pair = lay_out(make_pair(xattrs=False))
+    node = look_up(pair, "file")
+    assert passed(pair.feed(f.getxattr(node, b"user.mark")))
+    assert passed(pair.feed(f.listxattr(node)))
+
+
+def test_statfs(tree: Pair, make_pair: Callable[..., Pair]) -> None:
+    st = os.statvfs("/proc")
+    assert f.STATFS_OUT.unpack(payload(tree.feed(f.frame(f.STATFS, ROOT))))[5:7] == (st.f_bsize, 255)
+    assert passed(make_pair(statfs=None).feed(f.frame(f.STATFS, ROOT)))
+
+
+# -- READDIRPLUS, RELEASEDIR ---------------------------------------------------------------------------
+
+
+def test_readdirplus_up_to_the_first_name_that_is_python_s(tree: Pair) -> None:
+    tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link", b"asked", b"other"], parent=33)
+    listed = payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0)))
+    assert f.names_of(listed) == [b".", b"..", b"file", b"link"]
+    assert listed.startswith(f.listed(b".", ROOT, 1, stat.S_IFDIR) + f.listed(b"..", 33, 2, stat.S_IFDIR))
+    assert set(tree.twin.known) == {tree.node("file"), tree.node("link")}
+    assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 4)))
+    assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 5)))) == [b"other"]
+    assert payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 6))) == b""
+    tree.agree()
+
+
+def test_readdirplus_gives_as_many_names_as_fit(tree: Pair) -> None:
+    names = [b"file", b"link", b"other", b"pipe"]
+    tree.list_names(LISTS_ROOT, ROOT, names)
+    seen, offset = [], 0
+    while listed := f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, offset, 400)))):
+        assert len(listed) == 2
+        seen += listed
+        offset += 2
+    assert seen == [b".", b"..", *names]
+
+
+def test_a_rewind_asks_python_every_time(tree: Pair) -> None:
+    """Python looks again, and lists what it found, while it answers the rewound request itself."""
+    tree.list_names(LISTS_ROOT, ROOT, [b"file"])
+    assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0)))) == [b".", b"..", b"file"]
+    for _ in range(3):
+        assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0)))
+        tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link"])
+        assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 2)))) == [b"file", b"link"]
+
+
+def test_names_that_went_or_changed_since_the_listing_began_are_python_s(tree: Pair) -> None:
+    tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link", b"other"])
+    tree.retract(ROOT, b"link")
+    assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0)))) == [b".", b"..", b"file"]
+    assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 3)))
+    assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 4)))) == [b"other"]
+
+
+def test_readdirplus_of_a_handle_that_lists_nothing_here(tree: Pair) -> None:
+    assert passed(tree.feed(f.readdirplus(ROOT, 6, 0)))
+    assert passed(tree.feed(f.readdirplus(ROOT, 0, 0)))
+
+
+def test_releasedir_is_python_s_too(tree: Pair) -> None:
+    tree.list_names(LISTS_ROOT, ROOT, [b"file"])
+    for handle in (LISTS_ROOT, 6, 0):
+        assert passed(tree.feed(f.release(ROOT, handle, f.RELEASEDIR)))
+    assert tree.core.counts().listings == 0
+    assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0)))
+
+
+# -- OPEN, READ, LSEEK, FLUSH, FSYNC, RELEASE ----------------------------------------------------------
+
+
+def test_open_and_read(tree: Pair) -> None:
+    node, handle = open_file(tree, "file")
+    assert payload(tree.feed(f.read(node, handle, 0, 4096))) == b"some text"
+    assert payload(tree.feed(f.read(node, handle, 5, 2))) == b"te"
+    assert payload(tree.feed(f.read(node, handle, 9, 10))) == b""
+    assert payload(tree.feed(f.read(node, handle, 1 << 40, 10))) == b""
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC], ids=str)
+def test_open_that_may_write_is_python_s(tree: Pair, flags: int) -> None:
+    assert passed(tree.feed(f.open(look_up(tree, "file"), flags)))
+
+
+@pytest.mark.parametrize("name", ["pipe", "socket", "link"])
+def test_open_of_anything_but_a_file_is_python_s(tree: Pair, name: str) -> None:
+    assert passed(tree.feed(f.open(look_up(tree, name))))
+
+
+def test_open_of_a_file_with_xattrs_is_python_s(tree: Pair) -> None:
+    """One of them may say that its data lie elsewhere."""
+    assert passed(tree.feed(f.open(look_up(tree, "marked"))))
+
+
+def test_no_more_files_are_open_than_descriptors_are_given(make_pair: Callable[..., Pair]) -> None:
+    pair = lay_out(make_pair(descriptors=2))
+    node, first = open_file(pair, "file")
+    open_file(pair, "other")
+    assert passed(pair.feed(f.open(node)))
+    pair.feed(f.release(node, first))
+    assert open_file(pair, "file")[1] == first
+    pair.agree()
+
+
+def test_release(tree: Pair) -> None:
+    node, handle = open_file(tree, "file")
+    assert payload(tree.feed(f.release(node, handle))) == b""
+    assert tree.core.counts().open == 0
+    assert error(tree.feed(f.read(node, handle, 0, 1))) == errno.EBADF
+    assert payload(tree.feed(f.release(node, handle))) == b""  # once more does nothing
+    assert passed(tree.feed(f.release(node, 9)))
+
+
+def test_reads_that_make_no_sense(tree: Pair) -> None:
+    node, handle = open_file(tree, "file")
+    for offset, size in ((-1, 1), (1 << 63, 1), (0, READ_MAX + 1), ((1 << 63) - 1, 10)):
+        assert error(tree.feed(f.read(node, handle, offset, size))) == errno.EINVAL
+    assert error(tree.feed(f.read(node, NATIVE | 77, 0, 1))) == errno.EBADF
+    assert passed(tree.feed(f.read(node, 77, 0, 1)))
+
+
+def test_a_copied_up_file_is_read_where_it_is_now(tree: Pair, tmp_path: Path) -> None:
+    node, handle = open_file(tree, "file")
+    copy = tmp_path / "copy"
+    copy.write_text("changed since")
+    assert tree.switch(node, str(copy)) == 1
+    assert payload(tree.feed(f.read(node, handle, 0, 100))) == b"changed since"
+    assert tree.switch(tree.node("other"), str(copy)) == 0
+
+
+def test_lseek(tree: Pair) -> None:
+    with open(tree.layers[0] / "other", "r+b") as file:
+        file.truncate(1 << 20)
+    node, handle = open_file(tree, "other")
+    (hole,) = f.LSEEK_OUT.unpack(payload(tree.feed(f.lseek(node, handle, 0, os.SEEK_HOLE))))
+    assert hole <= 1 << 20
+    assert error(tree.feed(f.lseek(node, handle, 1 << 20, os.SEEK_DATA))) == errno.ENXIO
+    assert error(tree.feed(f.lseek(node, handle, 0, os.SEEK_CUR))) == errno.EINVAL
+    assert error(tree.feed(f.lseek(node, NATIVE | 9, 0, os.SEEK_DATA))) == errno.EBADF
+
+
+def test_flush_is_never_asked_for_again(tree: Pair) -> None:
+    node, handle = open_file(tree, "file")
+    assert error(tree.feed(f.flush(node, handle))) == errno.ENOSYS
+    assert error(tree.feed(f.flush(node, NATIVE | 9))) == errno.EBADF
+    assert passed(tree.feed(f.flush(node, 9)))
+
+
+def test_fsync_of_a_lower_file_has_nothing_to_do(make_pair: Callable[..., Pair]) -> None:
+    for carries in (False, True):
+        pair = lay_out(make_pair(carries=carries))
+        node, handle = open_file(pair, "file")
+        assert payload(pair.feed(f.fsync(node, handle))) == b""
+        assert passed(pair.feed(f.fsync(node, 9)))
+        pair.adopt(ROOT, b"file")  # it may be in the upper by now
+        answer = pair.feed(f.fsync(node, handle))
+        assert answer.verdict is (Verdict.CARRIED if carries else Verdict.ANSWERED)
+
+
+# -- what is carried, what is passed -------------------------------------------------------------------
+
+CARRIED = (f.IOCTL, f.FALLOCATE, f.COPY_FILE_RANGE, f.TMPFILE, f.STATX, f.COPY_FILE_RANGE_64)
+
+
+@pytest.mark.parametrize("opcode", CARRIED)
+def test_what_pyfuse3_cannot_carry(make_pair: Callable[..., Pair], opcode: int) -> None:
+    frame = f.frame(opcode, ROOT, bytes(64))
+    answer = make_pair(carries=True).feed(frame)
+    assert answer == Answer(Verdict.CARRIED, frame)
+    assert error(make_pair(carries=False).feed(frame)) == errno.ENOSYS
+
+
+def test_lseek_of_python_s_files_is_carried(make_pair: Callable[..., Pair]) -> None:
+    frame = f.lseek(ROOT, 9, 0, os.SEEK_DATA)
+    assert make_pair(carries=True).feed(frame).verdict is Verdict.CARRIED
+    assert error(make_pair(carries=False).feed(frame)) == errno.ENOSYS
+
+
+NATIVE_OPCODES = {
+    *(f.LOOKUP, f.FORGET, f.GETATTR, f.READLINK, f.OPEN, f.READ, f.STATFS, f.RELEASE, f.FSYNC, f.GETXATTR),
+    *(f.LISTXATTR, f.FLUSH, f.RELEASEDIR, f.BATCH_FORGET, f.READDIRPLUS, f.LSEEK),
+}
+
+
+@pytest.mark.parametrize("opcode", sorted(set(range(64)) - NATIVE_OPCODES - {*CARRIED}) + [64, 4096, 1 << 31])
+def test_everything_else_is_passed_as_it_is(tree: Pair, opcode: int) -> None:
+    frame = f.frame(opcode, look_up(tree, "file"), bytes(100))
+    assert tree.feed(frame) == Answer(Verdict.PASSED, frame)
+
+
+@pytest.mark.parametrize("opcode", sorted(NATIVE_OPCODES | {*CARRIED}))
+def test_frames_that_are_cut_anywhere(tree: Pair, opcode: int) -> None:
+    node, handle = open_file(tree, "file")
+    body = struct.pack("<QQ", handle, 0) + bytes(32)
+    whole = f.frame(opcode, node, body)
+    for length in range(len(whole), -1, -1):
+        tree.feed(whole[:length])
+    tree.agree()

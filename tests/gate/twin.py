@@ -1,0 +1,496 @@
+"""What the gate decides, in plain Python: the rules of gate/PROTOCOL.md and core.h said a second time, with
+dictionaries and the `os` module. Slow, and clear; no descriptor is kept.
+
+It must give the same verdict and the same reply as the C core on any frame, over the same layers on disk."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import stat
+import struct
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from layerfs.fdutil import RESOLVE_INSIDE
+from layerfs.fdutil.syscalls import openat2
+from tests.gate import frames as f
+
+#: Handles of files that the gate opened.
+NATIVE = 1 << 63
+LISTING_MAX = 256 << 10
+READ_MAX = 256 << 20
+_REAL_MASK = (1 << 48) - 1
+#: What pyfuse3 does not know.
+_UNCARRIED = {f.IOCTL, f.FALLOCATE, f.COPY_FILE_RANGE, f.TMPFILE, f.STATX, f.COPY_FILE_RANGE_64}
+
+
+class Verdict(enum.IntEnum):
+    ANSWERED, PASSED, CARRIED = range(3)
+
+
+class Home(NamedTuple):
+    """A lower directory: number of its layer, path there, what is or-ed to real inode numbers."""
+
+    layer: int
+    path: bytes
+    base: int
+
+
+class Plain(NamedTuple):
+    """What was published of a name: number of its home, real inode number."""
+
+    home: int
+    real: int
+
+
+@dataclass
+class Name:
+    plain: Plain | None
+    #: whether it is plain now; else Python is asked
+    answered: bool
+
+
+@dataclass
+class Known:
+    directory: Directory
+    name: bytes
+    lookups: int
+
+
+@dataclass
+class Directory:
+    id: int
+    homes: list[Home]
+    names: dict[bytes, Name]
+    known: int = 0
+    let_go: bool = False
+
+
+@dataclass
+class Listing:
+    directory: int
+    parent: int
+    names: list[bytes]
+    fresh: bool
+
+
+@dataclass
+class Opened:
+    node: int
+    fd: int
+
+
+@dataclass
+class Answer:
+    verdict: Verdict
+    #: the frame as pyfuse3, or whoever takes carried ones, gets it
+    frame: bytes
+    replies: list[bytes] = field(default_factory=list)
+    let_go: list[int] = field(default_factory=list)
+
+
+class _Ask(Exception):
+    """Python must answer."""
+
+
+class Twin:
+    def __init__(
+        self, *, descriptors: int, xattrs: bool = True, carries: bool = False, statfs: str | None = None
+    ) -> None:
+        self.descriptors, self.xattrs, self.carries, self.statfs = descriptors, xattrs, carries, statfs
+        self.layers: list[str] = []
+        self.directories: dict[int, Directory] = {}
+        self.known: dict[int, Known] = {}
+        self.claimed: set[int] = set()
+        self.listings: dict[int, Listing] = {}
+        self.open: dict[int, Opened] = {}
+        self._vacant: list[int] = []
+        #: whether replies arrive
+        self.plugged = True
+
+    def close(self) -> None:
+        for opened in self.open.values():
+            os.close(opened.fd)
+
+    # -- facts ------------------------------------------------------------------------------------
+
+    def publish(self, id: int, homes: list[Home], names: dict[bytes, Plain | None]) -> None:
+        assert id not in self.directories or not self.directories[id].known
+        fits = {
+            name: plain if plain and 1 < plain.real <= _REAL_MASK else None for name, plain in names.items()
+        }
+        self.directories[id] = Directory(
+            id, homes, {name: Name(plain, plain is not None) for name, plain in fits.items()}
+        )
+
+    def forget_directory(self, id: int) -> None:
+        self.directories.pop(id, None)
+
+    def retract(self, id: int, name: bytes) -> bool:
+        directory = self.directories.get(id)
+        if directory is None:
+            return False
+        directory.names.setdefault(name, Name(None, False)).answered = False
+        return True
+
+    def adopt(self, id: int, name: bytes) -> int:
+        directory = self.directories.get(id)
+        found = directory.names.get(name) if directory else None
+        if directory is None or found is None or not found.answered or found.plain is None:
+            return 0
+        found.answered = False
+        node = directory.homes[found.plain.home].base | found.plain.real
+        known = self.known.get(node)
+        if known is None or (known.directory, known.name) != (directory, name):
+            return 0
+        del self.known[node]
+        directory.known -= 1
+        return known.lookups
+
+    def give_back(self, id: int, name: bytes) -> None:
+        directory = self.directories.get(id)
+        found = directory.names.get(name) if directory else None
+        if found is not None:
+            found.answered = found.plain is not None
+
+    def holds(self, id: int) -> bool:
+        directory = self.directories.get(id)
+        if directory is None or not directory.known:
+            return False
+        directory.let_go = True
+        return True
+
+    def list_names(self, handle: int, id: int, parent: int, names: list[bytes]) -> None:
+        self.listings[handle] = Listing(id, parent, names, handle not in self.listings)
+
+    def switch(self, node: int, path: str) -> int:
+        switched = [opened for opened in self.open.values() if opened.node == node]
+        for opened in switched:
+            os.close(opened.fd)
+            opened.fd = os.open(path, os.O_RDONLY)
+        return len(switched)
+
+    # -- objects ----------------------------------------------------------------------------------
+
+    def _way(self, directory: Directory, name: bytes) -> bytes:
+        """A path to a plain name. Raises _Ask."""
+        found = directory.names[name]
+        assert found.plain is not None
+        home = directory.homes[found.plain.home]
+        root = os.open(self.layers[home.layer], os.O_PATH | os.O_DIRECTORY)
+        try:
+            if home.path:  # nothing on the way may lead out of the layer
+                flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+                os.close(openat2(root, home.path, flags, resolve=RESOLVE_INSIDE))
+        except OSError:
+            raise _Ask from None
+        finally:
+            os.close(root)
+        return os.path.join(os.fsencode(self.layers[home.layer]), home.path, name)
+
+    def _stat(self, directory: Directory, name: bytes) -> os.stat_result:
+        """Of a name that is what it was when it was published, and has no others. Raises _Ask."""
+        found = directory.names[name]
+        if not found.answered or found.plain is None:
+            raise _Ask
+        try:
+            st = os.lstat(self._way(directory, name))
+        except OSError:
+            raise _Ask from None
+        if st.st_ino != found.plain.real or st.st_nlink != 1 or stat.S_ISDIR(st.st_mode):
+            raise _Ask
+        return st
+
+    def _know(self, directory: Directory, name: bytes) -> int:
+        """The node of a plain name, which the kernel is about to get. Raises _Ask."""
+        plain = directory.names[name].plain
+        assert plain is not None
+        node = directory.homes[plain.home].base | plain.real
+        known = self.known.get(node)
+        if known is None:
+            if node in self.claimed:
+                raise _Ask
+            self.known[node] = Known(directory, name, 0)
+            directory.known += 1
+        elif (known.directory, known.name) != (directory, name):
+            raise _Ask
+        return node
+
+    def _forget(self, node: int, count: int, answer: Answer) -> None:
+        known = self.known[node]
+        known.lookups -= min(count, known.lookups)
+        if known.lookups == 0:
+            del self.known[node]
+            known.directory.known -= 1
+            if known.directory.known == 0 and known.directory.let_go:
+                answer.let_go.append(known.directory.id)
+
+    # -- frames -----------------------------------------------------------------------------------
+
+    def answer(self, frame: bytes) -> Answer:
+        answer = Answer(Verdict.PASSED, frame)
+        if len(frame) < f.IN_HEADER.size:
+            return answer
+        _, opcode, unique, node, *_ = f.IN_HEADER.unpack_from(frame)
+        body = frame[f.IN_HEADER.size :]
+        try:
+            if opcode == f.FORGET:
+                self._on_forget(node, body, answer)
+            elif opcode == f.BATCH_FORGET:
+                self._on_batch_forget(body, answer)
+            elif opcode in _UNCARRIED:
+                answer.verdict = Verdict.CARRIED
+            else:
+                self._on_request(opcode, node, body, unique, answer)
+        except (_Ask, struct.error):
+            return answer
+        if answer.verdict is Verdict.CARRIED and not self.carries:
+            self._reply(answer, f.reply(unique, errno.ENOSYS))
+        return answer
+
+    def _reply(self, answer: Answer, reply: bytes) -> None:
+        answer.verdict = Verdict.ANSWERED
+        if self.plugged:
+            answer.replies.append(reply)
+
+    def _on_request(self, opcode: int, node: int, body: bytes, unique: int, answer: Answer) -> None:
+        handler = {
+            f.LOOKUP: self._lookup,
+            f.GETATTR: self._getattr,
+            f.READLINK: self._readlink,
+            f.GETXATTR: self._getxattr,
+            f.LISTXATTR: self._listxattr,
+            f.STATFS: self._statfs,
+            f.READDIRPLUS: self._readdirplus,
+            f.OPEN: self._open,
+            f.READ: self._read,
+            f.RELEASE: self._release,
+            f.RELEASEDIR: self._releasedir,
+            f.FSYNC: self._fsync,
+            f.FLUSH: self._flush,
+            f.LSEEK: self._lseek,
+        }.get(opcode)
+        if handler is None:
+            raise _Ask
+        try:
+            payload = handler(node, body, answer)
+        except OSError as error:
+            assert error.errno
+            self._reply(answer, f.reply(unique, error.errno))
+            return
+        if payload is not None:
+            self._reply(answer, f.reply(unique, 0, payload))
+
+    def _on_forget(self, node: int, body: bytes, answer: Answer) -> None:
+        (count,) = f.FORGET_IN.unpack_from(body)
+        if node not in self.known:
+            raise _Ask
+        self._forget(node, count, answer)
+        answer.verdict = Verdict.ANSWERED
+
+    def _on_batch_forget(self, body: bytes, answer: Answer) -> None:
+        count, dummy = f.BATCH_FORGET_IN.unpack_from(body)
+        items = body[f.BATCH_FORGET_IN.size :]
+        if count > len(items) // f.FORGET_ONE.size:
+            raise _Ask
+        left = []
+        for at in range(count):
+            item = items[at * f.FORGET_ONE.size : (at + 1) * f.FORGET_ONE.size]
+            node, lookups = f.FORGET_ONE.unpack(item)
+            if node in self.known:
+                self._forget(node, lookups, answer)
+            else:
+                left.append(item)
+        if not left:
+            answer.verdict = Verdict.ANSWERED
+            return
+        rest = f.BATCH_FORGET_IN.pack(len(left), dummy) + b"".join(left)
+        length = struct.pack("<I", f.IN_HEADER.size + len(rest))
+        answer.frame = length + answer.frame[4 : f.IN_HEADER.size] + rest
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def _lookup(self, node: int, body: bytes, answer: Answer) -> bytes:
+        name, end, _ = body.partition(b"\0")
+        directory = self.directories.get(node)
+        if directory is None or not end or len(name) > 255:
+            raise _Ask
+        if name not in directory.names:
+            if name in (b".", b".."):
+                raise _Ask
+            return f.ABSENT
+        st = self._stat(directory, name)
+        found = self._know(directory, name)
+        self.known[found].lookups += 1
+        if not self.plugged:
+            self._forget(found, 1, answer)
+        return f.entry(st, found)
+
+    def _of(self, node: int) -> Known:
+        if node not in self.known:
+            raise _Ask
+        return self.known[node]
+
+    def _getattr(self, node: int, body: bytes, answer: Answer) -> bytes:
+        known = self._of(node)
+        st = self._stat(known.directory, known.name)
+        return f.ATTR_OUT.pack(f.FOR_EVER, 0, 0) + f.attributes(st, node)
+
+    def _readlink(self, node: int, body: bytes, answer: Answer) -> bytes:
+        known = self._of(node)
+        try:
+            return os.readlink(self._way(known.directory, known.name))
+        except OSError:
+            raise _Ask from None
+
+    def _without_xattrs(self, node: int, body: bytes) -> int:
+        """The size that was asked for."""
+        (size, _) = f.GETXATTR_IN.unpack_from(body)
+        if not self.xattrs:
+            raise _Ask
+        known = self._of(node)
+        try:
+            if os.listxattr(self._way(known.directory, known.name), follow_symlinks=False):
+                raise _Ask
+        except OSError:
+            raise _Ask from None
+        return int(size)
+
+    def _getxattr(self, node: int, body: bytes, answer: Answer) -> bytes:
+        self._without_xattrs(node, body)
+        raise OSError(errno.ENODATA, "")
+
+    def _listxattr(self, node: int, body: bytes, answer: Answer) -> bytes:
+        return b"" if self._without_xattrs(node, body) else f.GETXATTR_OUT.pack(0, 0)
+
+    def _statfs(self, node: int, body: bytes, answer: Answer) -> bytes:
+        if self.statfs is None:
+            raise _Ask
+        st = os.statvfs(self.statfs)
+        return f.STATFS_OUT.pack(
+            st.f_blocks, st.f_bfree, st.f_bavail, st.f_files, st.f_ffree, st.f_bsize, 255, st.f_frsize, 0
+        )
+
+    # -- listing ----------------------------------------------------------------------------------
+
+    def _readdirplus(self, node: int, body: bytes, answer: Answer) -> bytes:
+        handle, offset, size, *_ = f.READ_IN.unpack_from(body)
+        listing = self.listings.get(handle)
+        directory = self.directories.get(listing.directory) if listing else None
+        if listing is None or directory is None or (offset == 0 and not listing.fresh):
+            raise _Ask
+        room = min(size, LISTING_MAX)
+        payload, told = b"", []
+        for at in range(offset, len(listing.names) + 2):
+            if at < 2:
+                ino = (listing.directory, listing.parent)[at]
+                item = f.listed(b".." if at else b".", ino, at + 1, stat.S_IFDIR)
+                if len(payload) + len(item) > room:
+                    break
+                payload += item
+                continue
+            name = listing.names[at - 2]
+            if len(payload) + len(f.listed(name, 0, 0, 0)) > room:
+                break
+            try:
+                st = self._stat(directory, name)
+                found = self._know(directory, name)
+            except _Ask:
+                if not payload:
+                    raise
+                break
+            self.known[found].lookups += 1
+            told.append(found)
+            payload += f.listed(name, found, at + 1, stat.S_IFMT(st.st_mode), f.entry(st, found))
+        if offset == 0:
+            listing.fresh = False
+        if not self.plugged:
+            for found in told:
+                if found in self.known:
+                    self._forget(found, 1, answer)
+        return payload
+
+    def _releasedir(self, node: int, body: bytes, answer: Answer) -> bytes:
+        handle, *_ = f.RELEASE_IN.unpack_from(body)
+        self.listings.pop(handle, None)
+        return self._release(node, body, answer)
+
+    # -- data -------------------------------------------------------------------------------------
+
+    def _open(self, node: int, body: bytes, answer: Answer) -> bytes:
+        flags, _ = f.OPEN_IN.unpack_from(body)
+        known = self._of(node)
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise _Ask
+        st = self._stat(known.directory, known.name)
+        if not stat.S_ISREG(st.st_mode) or len(self.open) >= self.descriptors:
+            raise _Ask
+        way = self._way(known.directory, known.name)
+        try:
+            if os.listxattr(way, follow_symlinks=False):  # it may say that the data lie elsewhere
+                raise _Ask
+            fd = os.open(way, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            raise _Ask from None
+        number = self._vacant.pop() if self._vacant else len(self.open)
+        if self.plugged:
+            self.open[number] = Opened(node, fd)
+        else:
+            os.close(fd)
+            self._vacant.append(number)
+        return f.OPEN_OUT.pack(NATIVE | number, f.FOPEN_KEEP_CACHE, 0)
+
+    def _opened(self, handle: int) -> Opened:
+        """Raises _Ask for a handle of Python's, OSError for one that is closed."""
+        if not handle & NATIVE:
+            raise _Ask
+        opened = self.open.get(handle & ~NATIVE)
+        if opened is None:
+            raise OSError(errno.EBADF, "")
+        return opened
+
+    def _read(self, node: int, body: bytes, answer: Answer) -> bytes:
+        handle, offset, size, *_ = f.READ_IN.unpack_from(body)
+        opened = self._opened(handle)
+        if size > READ_MAX or offset >= 1 << 63:
+            raise OSError(errno.EINVAL, "")
+        return os.pread(opened.fd, size, offset)
+
+    def _release(self, node: int, body: bytes, answer: Answer) -> bytes:
+        handle, *_ = f.RELEASE_IN.unpack_from(body)
+        if not handle & NATIVE:
+            raise _Ask
+        opened = self.open.pop(handle & ~NATIVE, None)
+        if opened is not None:
+            os.close(opened.fd)
+            self._vacant.append(handle & ~NATIVE)
+        return b""
+
+    def _flush(self, node: int, body: bytes, answer: Answer) -> bytes:
+        (handle,) = struct.unpack_from("<Q", body)
+        self._opened(handle)
+        raise OSError(errno.ENOSYS, "")
+
+    def _fsync(self, node: int, body: bytes, answer: Answer) -> bytes | None:
+        (handle,) = struct.unpack_from("<Q", body)
+        opened = self._opened(handle)
+        if opened.node in self.known or not self.carries:
+            return b""
+        answer.verdict = Verdict.CARRIED  # Python knows whether the file lies in the upper by now
+        return None
+
+    def _lseek(self, node: int, body: bytes, answer: Answer) -> bytes | None:
+        (handle,) = struct.unpack_from("<Q", body)
+        try:
+            opened = self._opened(handle)
+        except _Ask:
+            answer.verdict = Verdict.CARRIED
+            return None
+        if len(body) < f.LSEEK_IN.size:
+            raise OSError(errno.EINVAL, "")
+        _, offset, whence, _ = f.LSEEK_IN.unpack_from(body)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):  # the kernel knows the others itself
+            raise OSError(errno.EINVAL, "")
+        return f.LSEEK_OUT.pack(os.lseek(opened.fd, offset - (offset >> 63 << 64), whence))
