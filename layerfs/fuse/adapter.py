@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import stat
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Sequence
 from functools import wraps
 from time import perf_counter_ns
@@ -174,23 +175,23 @@ class Operations(pyfuse3.Operations):
         if start_id == 0:
             await self.vfs.rewind(fh)
         handle = self.vfs.listing(fh)
-        names = handle.names
-        offset = start_id
+        names, offsets = handle.names, handle.offsets
+        at = start_id if start_id < 2 else bisect_right(offsets, start_id) + 2
         answers = self.vfs.tree.gate.answers
         fitted: bool | None
         replied = 0  # an empty reply is the end of the listing
-        while offset < len(names) + 2:
-            if offset < 2:
-                fitted = await self._reply_dot(handle.node.id, handle.node.parent, offset, token)
-            elif replied and answers(handle.node.id, names[offset - 2]):
+        while at < len(names) + 2:
+            if at < 2:
+                fitted = await self._reply_dot(handle.node.id, handle.node.parent, at, token)
+            elif replied and answers(handle.node.id, names[at - 2]):
                 return  # the next request is the gate's
             else:
-                fitted = await self._reply_name(handle.node.id, names[offset - 2], offset + 1, token)
+                fitted = await self._reply_name(handle.node.id, names[at - 2], offsets[at - 2], token)
             if fitted is False:
                 return
             replied += fitted is True
-            offset += 1
-            if offset % _TURN == 0:
+            at += 1
+            if at % _TURN == 0:
                 # A whole reply is some 200 names and several milliseconds, and the next request for names is
                 # there at once: without this, short requests elsewhere would get one turn between two of
                 # them.

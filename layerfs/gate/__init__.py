@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -114,9 +114,10 @@ class Gate(Protocol):
     def switch(self, node: NodeId, fd: int) -> None:
         """Files of `node` that the gate opened read `fd`, which stays the caller's, from now on."""
 
-    def arrange(self, directory: NodeId, names: Iterable[bytes]) -> list[bytes]:
-        """`names` in the order in which they are to be listed: those that are not plain first. It is the same
-        until a name comes or goes."""
+    def arrange(self, directory: NodeId, names: Collection[bytes]) -> tuple[list[bytes], Sequence[int]]:
+        """`names` in the order in which they are to be listed, those that were not plain when they came
+        before the others, and the offset behind each of them, which grows. Where the gate lists, a name keeps
+        its offset as long as the directory lives."""
 
     def list_names(
         self, handle: int, directory: NodeId, parent: NodeId, names: list[bytes], fresh: bool
@@ -203,8 +204,8 @@ class NoGate:
     def switch(self, node: NodeId, fd: int) -> None:
         pass
 
-    def arrange(self, directory: NodeId, names: Iterable[bytes]) -> list[bytes]:
-        return list(names)
+    def arrange(self, directory: NodeId, names: Collection[bytes]) -> tuple[list[bytes], Sequence[int]]:
+        return list(names), range(3, len(names) + 3)
 
     def list_names(
         self, handle: int, directory: NodeId, parent: NodeId, names: list[bytes], fresh: bool

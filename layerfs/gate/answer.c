@@ -21,7 +21,6 @@
 #define LISTING_MAX (256 << 10)
 /* The most that the kernel ever reads at once: max_pages is 16 bits. */
 #define READ_MAX (256u << 20)
-#define DOTS 2
 /* Bytes of a WRITE that is done in place. */
 #define WRITE_MAX (64 << 10)
 
@@ -352,11 +351,14 @@ bool gate_list(struct gate *gate, uint64_t handle, uint64_t directory, uint64_t 
 	       bool fresh)
 {
 	struct listing *listing = malloc(sizeof(*listing));
+	struct directory *listed = facts_directory(&gate->facts, directory);
 
 	gate_unlist(gate, handle);
-	if (!listing)
+	if (!listing || !listed) {
+		free(listing);
 		return false;
-	*listing = (struct listing){directory, parent, order, count, fresh};
+	}
+	*listing = (struct listing){directory, parent, order, count, listed->changes, fresh};
 	if (map_put(&gate->listings, handle, listing))
 		return true;
 	free(listing);
@@ -386,7 +388,23 @@ static bool add(char *room, size_t size, size_t *used, const char *text, size_t 
 	return true;
 }
 
-/* As many names as fit, up to one that only Python knows. Offset 0 is `.`, 1 `..`, 2 the first name. */
+/* Index in `order` of the first name behind an offset. */
+static uint32_t index_behind(const struct listing *listing, const struct directory *directory, uint64_t offset)
+{
+	uint32_t low = 0, high = listing->count;
+
+	while (low < high) {
+		uint32_t middle = low + (high - low) / 2;
+
+		if (facts_offset(directory, listing->order[middle]) <= offset)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low;
+}
+
+/* As many names as fit, up to one that only Python knows. */
 static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
 {
 	struct fuse_read_in arg;
@@ -401,8 +419,13 @@ static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *
 	listing = map_get(&gate->listings, arg.fh);
 	if (!listing || !(directory = facts_directory(&gate->facts, listing->directory)))
 		return PASSED;
-	if (arg.offset == 0 && !listing->fresh)
-		return PASSED; /* rewinddir(3): Python looks again and lists anew */
+	/*
+	 * From its start it must be what is there now, or Python lists anew: rewinddir(3) asks for that, and the kernel
+	 * keeps what it reads (FOPEN_CACHE_DIR) as the state in which the directory was when it began to, not when it
+	 * was opened (fs/fuse/readdir.c, fuse_readdir_cached).
+	 */
+	if (arg.offset == 0 && (!listing->fresh || listing->changes != directory->changes))
+		return PASSED;
 	room = arg.size < LISTING_MAX ? arg.size : LISTING_MAX;
 	if (gate->reply_size < room) {
 		char *larger = realloc(gate->reply, room);
@@ -412,31 +435,30 @@ static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *
 		gate->reply = larger;
 		gate->reply_size = room;
 	}
-	for (at = arg.offset; at < (uint64_t)listing->count + DOTS; at++) {
-		const struct name *name;
+	for (at = arg.offset; at < DOTS; at++) {
+		uint64_t ino = at == 0 ? listing->directory : listing->parent;
+
+		if (!add(gate->reply, room, &used, "..", at + 1, at + 1, S_IFDIR >> 12, ino, NULL))
+			break;
+	}
+	for (uint32_t index = index_behind(listing, directory, arg.offset); at >= DOTS && index < listing->count; index++) {
+		uint32_t position = listing->order[index];
+		const struct name *name = &directory->names[position];
 		struct fuse_entry_out entry;
 		struct known *known;
 		struct stat st;
 
-		if (at < DOTS) {
-			uint64_t ino = at == 0 ? listing->directory : listing->parent;
-
-			if (!add(gate->reply, room, &used, "..", at + 1, at + 1, S_IFDIR >> 12, ino, NULL))
-				break;
-			continue;
-		}
-		name = &directory->names[listing->order[at - DOTS]];
 		if (room - used < FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + name->length))
 			break;
-		if (!facts_stat(&gate->facts, directory, listing->order[at - DOTS], &st) ||
-		    !(known = facts_know(&gate->facts, directory, listing->order[at - DOTS]))) {
+		if (!facts_stat(&gate->facts, directory, position, &st) ||
+		    !(known = facts_know(&gate->facts, directory, position))) {
 			if (used)
 				break;
 			return PASSED;
 		}
 		entry = entry_of(&st, known->id);
-		add(gate->reply, room, &used, directory->text + name->text, name->length, at + 1, st.st_mode >> 12,
-		    known->id, &entry);
+		add(gate->reply, room, &used, directory->text + name->text, name->length, facts_offset(directory, position),
+		    st.st_mode >> 12, known->id, &entry);
 		known->lookups++;
 	}
 	if (arg.offset == 0)

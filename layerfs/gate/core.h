@@ -35,6 +35,9 @@ void map_free(struct map *map);
 
 /* -- facts.c: directories whose names are known, and the objects that the kernel got from here --------------------- */
 
+/* `.` and `..`, which come first in every listing. */
+#define DOTS 2
+
 enum {
 	NAME_ASK = 0,   /* Python knows */
 	NAME_PLAIN = 1, /* an object of one lower, shown as it is there, but for its number */
@@ -56,7 +59,7 @@ struct name {
 	uint16_t home;
 	uint8_t length;
 	uint8_t kind : 4;  /* NAME_* */
-	uint8_t first : 4; /* it was NAME_ASK when it came: listed before the others. Never changes: see `arrange` */
+	uint8_t first : 4; /* it was NAME_ASK when it came: listed before the others. Never changes: see `facts_offset` */
 };
 
 struct directory {
@@ -66,6 +69,7 @@ struct directory {
 	char *text;
 	struct home *homes;
 	uint32_t count, capacity, mask, text_used, text_capacity, home_count;
+	uint32_t changes; /* names retracted so far */
 	uint32_t known; /* objects the kernel has by names of this directory, from the gate */
 	bool let_go;    /* Python would let go of it when `known` is 0 */
 };
@@ -104,6 +108,12 @@ void facts_forget(struct facts *facts, uint64_t id);
 struct directory *facts_directory(const struct facts *facts, uint64_t id);
 /* Position in `names`, or -1: there is no such name. */
 int64_t facts_find(const struct facts *facts, const struct directory *directory, const char *name, size_t length);
+/*
+ * What listings call the place behind a name; they are in its order, and it lasts as long as the directory does. The kernel
+ * keeps one listing for all who open a directory, made by whoever reads on where it ends (fs/fuse/readdir.c,
+ * fuse_add_dirent_to_cache), and goes on in it, by offset, for those who began with another one.
+ */
+uint64_t facts_offset(const struct directory *directory, uint32_t position);
 /* The name means something else from now on, or nothing: Python is asked. False: no memory, the directory must be
  * forgotten. */
 bool facts_retract(struct facts *facts, struct directory *directory, const char *name, size_t length);
@@ -181,7 +191,8 @@ struct listing {
 	uint64_t directory, parent;
 	uint32_t *order; /* positions in the directory's names */
 	uint32_t count;
-	bool fresh; /* not read from its start yet: made by OPENDIR, not by a READDIRPLUS that rewound */
+	uint32_t changes; /* of the directory when `order` was made */
+	bool fresh; /* not read from its start yet */
 };
 
 struct gate {
@@ -213,7 +224,7 @@ bool gate_init(struct gate *gate, uint32_t descriptors, uint64_t resolve);
 void gate_free(struct gate *gate);
 /* `size` may become smaller (BATCH_FORGET). */
 enum verdict gate_answer(struct gate *gate, void *frame, size_t *size);
-/* The open directory `handle` lists the names at the positions `order`, which becomes the gate's. `fresh`: a read from
+/* The open directory `handle` lists the names at the positions `order` (by `facts_offset`), which becomes the gate's. `fresh`: a read from
  * the start need not look again. False: no memory. */
 bool gate_list(struct gate *gate, uint64_t handle, uint64_t directory, uint64_t parent, uint32_t *order, uint32_t count,
 	       bool fresh);

@@ -256,11 +256,18 @@ int64_t facts_find(const struct facts *facts, const struct directory *directory,
 	return -1;
 }
 
+uint64_t facts_offset(const struct directory *directory, uint32_t position)
+{
+	/* There are never 2^30 names, and 31 bits are good for any program. */
+	return ((uint64_t)!directory->names[position].first << 30 | position) + DOTS + 1;
+}
+
 bool facts_retract(struct facts *facts, struct directory *directory, const char *text, size_t length)
 {
 	int64_t found = facts_find(facts, directory, text, length);
 	size_t before = size_of(directory);
 
+	directory->changes++;
 	if (found >= 0) {
 		directory->names[found].kind = NAME_ASK;
 		return true;

@@ -171,7 +171,9 @@ static ssize_t send_reply(int device, struct iovec *parts, int count, void *data
 		count = changed[2].iov_len ? 3 : 2;
 	} else if (opcode == FUSE_OPENDIR && parts[1].iov_len == sizeof(opened)) {
 		memcpy(&opened, parts[1].iov_base, sizeof(opened));
-		opened.open_flags |= FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE;
+		/* Of others the offsets do not last: see facts_offset. */
+		if (map_has(&armed->listings, opened.fh))
+			opened.open_flags |= FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE;
 		changed[1].iov_base = &opened;
 	}
 	return writev(device, changed, count);

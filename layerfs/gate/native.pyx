@@ -100,6 +100,7 @@ cdef extern from "core.h":
     void facts_forget(facts *, uint64_t) nogil
     directory *facts_directory(const facts *, uint64_t) nogil
     int64_t facts_find(const facts *, const directory *, const char *, size_t) nogil
+    uint64_t facts_offset(const directory *, uint32_t) nogil
     bint facts_retract(facts *, directory *, const char *, size_t) nogil
     void facts_give_back(directory *, uint32_t, uint8_t) nogil
     known *facts_know(facts *, directory *, uint32_t) nogil
@@ -397,23 +398,35 @@ cdef class NativeGate:
     # -- listing ----------------------------------------------------------------------------------
 
     def arrange(self, uint64_t id, names):
-        """`names` with those first that Python had to answer for when they came.
-
-        The kernel keeps a listing for all who open the directory, by the offsets of whoever read it (fs/fuse/readdir.c
-        fuse_add_dirent_to_cache): the order may not depend on anything but changes that it knows of."""
+        """`names` in the order in which they are to be listed, and the offset of each: see `facts_offset`."""
         cdef directory *found = facts_directory(&_gate.facts, id)
         cdef int64_t position
+        cdef uint64_t offset, last_asked = 0, last_plain = 0
+        cdef bint sorted_ = True
         if found == NULL:
-            return list(names)
-        asked = []
-        plain = []
+            return list(names), range(3, len(names) + 3)
+        asked, plain, asked_offsets, plain_offsets = [], [], [], []
         for name in names:
             position = facts_find(&_gate.facts, found, name, len(name))
-            if position >= 0 and not found.names[position].first:
-                plain.append(name)
-            else:
+            if position < 0:
+                return list(names), range(3, len(names) + 3)
+            offset = facts_offset(found, <uint32_t>position)
+            if found.names[position].first:
                 asked.append(name)
-        return asked + plain
+                asked_offsets.append(offset)
+                sorted_ = sorted_ and offset > last_asked
+                last_asked = offset
+            else:
+                plain.append(name)
+                plain_offsets.append(offset)
+                sorted_ = sorted_ and offset > last_plain
+                last_plain = offset
+        offsets = asked_offsets + plain_offsets
+        arranged = asked + plain
+        if not sorted_:
+            pairs = sorted(zip(offsets, arranged))
+            return [name for _, name in pairs], [offset for offset, _ in pairs]
+        return arranged, offsets
 
     def list_names(self, uint64_t handle, uint64_t id, uint64_t parent, names, bint fresh):
         """`handle` lists `names` (as arranged) of a directory; `fresh`: its first read need not look again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from functools import partial
 
 import trio
@@ -46,15 +47,16 @@ class DirectoryHandle:
     """An open directory: its names as they were at the first read or the last rewind, so that offsets stay
     what they are.
 
-    Offset n is the nth name of that list; names that went meanwhile are passed over, so nothing is listed
-    twice or missed."""
+    `offsets` are those behind each of them, and grow; 1 and 2 are behind `.` and `..`. Names that went
+    meanwhile are passed over, so nothing is listed twice or missed."""
 
-    __slots__ = ("id", "names", "node")
+    __slots__ = ("id", "names", "node", "offsets")
 
     def __init__(self, id: HandleId, node: Directory) -> None:
         self.id = id
         self.node = node
         self.names: list[bytes] = []
+        self.offsets: Sequence[int] = ()
 
 
 class Files:
@@ -285,7 +287,8 @@ class Files:
 
     async def _look(self, handle: DirectoryHandle, *, fresh: bool) -> None:
         node, gate = handle.node, self.tree.gate
-        handle.names = gate.arrange(node.id, (await self.tree.load(node)).names)
+        merged = await self.tree.load(node)
+        handle.names, handle.offsets = gate.arrange(node.id, merged.names)
         above = node.parent if node.parent is not None else node
         gate.list_names(handle.id, node.id, above.id, handle.names, fresh)
 

@@ -94,7 +94,12 @@ class Pair:
         assert self.core.holds(id) == held
         return held
 
+    def offset(self, name: bytes, id: int = ROOT) -> int:
+        """Behind a name, in any listing."""
+        return self.twin.directories[id].names[name].offset
+
     def list_names(self, handle: int, id: int, names: list[bytes], parent: int = ROOT) -> None:
+        names = self.twin.arrange(id, names)
         self.core.list_names(handle, id, parent, names)
         self.twin.list_names(handle, id, parent, names)
 

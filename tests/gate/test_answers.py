@@ -301,25 +301,52 @@ def test_statfs(tree: Pair, make_pair: Callable[..., Pair]) -> None:
 
 
 def test_readdirplus_up_to_the_first_name_that_is_python_s(tree: Pair) -> None:
-    tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link", b"asked", b"other"], parent=33)
+    tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link", b"other"], parent=33)
+    tree.adopt(ROOT, b"link")
     listed = payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0)))
-    assert f.names_of(listed) == [b".", b"..", b"file", b"link"]
+    assert f.names_of(listed) == [b".", b"..", b"file"]
     assert listed.startswith(f.listed(b".", ROOT, 1, stat.S_IFDIR) + f.listed(b"..", 33, 2, stat.S_IFDIR))
-    assert set(tree.twin.known) == {tree.node("file"), tree.node("link")}
-    assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 4)))
-    assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 5)))) == [b"other"]
-    assert payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 6))) == b""
+    assert set(tree.twin.known) == {tree.node("file")}
+    assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, tree.offset(b"file"))))
+    behind = tree.feed(f.readdirplus(ROOT, LISTS_ROOT, tree.offset(b"link")))
+    assert f.names_of(payload(behind)) == [b"other"]
+    assert payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, tree.offset(b"other")))) == b""
     tree.agree()
+
+
+def test_names_that_are_not_plain_come_first(tree: Pair) -> None:
+    tree.retract(ROOT, b"new")
+    tree.list_names(LISTS_ROOT, ROOT, [b"file", b"asked", b"new"])
+    assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0)))) == [b".", b".."]
+    for offset in (2, tree.offset(b"asked")):
+        assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, offset)))
+    behind = tree.feed(f.readdirplus(ROOT, LISTS_ROOT, tree.offset(b"new")))
+    assert f.names_of(payload(behind)) == [b"file"]
+
+
+def test_offsets_last_while_names_come_and_go(tree: Pair) -> None:
+    """The kernel goes on in a listing that another opener made, and asks this one's handle for the rest."""
+    tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link", b"other"])
+    offsets = [tree.offset(name) for name in (b"file", b"link", b"other")]
+    for name in (b"new", b"file"):
+        tree.adopt(ROOT, name)
+        tree.retract(ROOT, name)
+    tree.list_names(6, ROOT, [b"link", b"new", b"other"])
+    assert offsets == [tree.offset(name) for name in (b"file", b"link", b"other")]
+    for handle in (LISTS_ROOT, 6):
+        behind = tree.feed(f.readdirplus(ROOT, handle, offsets[0]))
+        assert f.names_of(payload(behind)) == [b"link", b"other"]
 
 
 def test_readdirplus_gives_as_many_names_as_fit(tree: Pair) -> None:
     names = [b"file", b"link", b"other", b"pipe"]
     tree.list_names(LISTS_ROOT, ROOT, names)
-    seen, offset = [], 0
+    seen: list[bytes] = []
+    offset = 0
     while listed := f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, offset, 400)))):
         assert len(listed) == 2
         seen += listed
-        offset += 2
+        offset = tree.offset(listed[-1]) if offset else 2
     assert seen == [b".", b"..", *names]
 
 
@@ -333,12 +360,20 @@ def test_a_rewind_asks_python_every_time(tree: Pair) -> None:
         assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 2)))) == [b"file", b"link"]
 
 
+def test_a_listing_begins_with_what_is_there_when_it_is_read(tree: Pair) -> None:
+    """Not with what was there at OPENDIR: the kernel keeps it as the state of when it began to read."""
+    tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link"])
+    tree.retract(ROOT, b"new")
+    assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0)))
+
+
 def test_names_that_went_or_changed_since_the_listing_began_are_python_s(tree: Pair) -> None:
     tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link", b"other"])
+    assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0, 500)))) == [b".", b"..", b"file"]
     tree.retract(ROOT, b"link")
-    assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0)))) == [b".", b"..", b"file"]
-    assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 3)))
-    assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 4)))) == [b"other"]
+    assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, tree.offset(b"file"))))
+    behind = tree.feed(f.readdirplus(ROOT, LISTS_ROOT, tree.offset(b"link")))
+    assert f.names_of(payload(behind)) == [b"other"]
 
 
 def test_readdirplus_of_a_handle_that_lists_nothing_here(tree: Pair) -> None:

@@ -58,8 +58,8 @@ def _made(opcode: int, node: int = 0, handle: int = 0, body: bytes = b"") -> byt
 
 
 def _seeds() -> Iterator[bytes]:
-    """Requests as the kernel makes them, in an order that makes sense. Nodes are by position in the
-    directory, so each is asked for all."""
+    """Requests as the kernel makes them, in an order that makes sense. Nodes are named by their position
+    in the directory, so each thing is asked of all."""
     names = [b"file", b"link", b"pipe", b"asked", b"marked", b"none"]
     lookups = b"".join(_made(f.LOOKUP, 99, 0, name + b"\0") for name in names)
     looks = b"".join(
@@ -70,7 +70,8 @@ def _seeds() -> Iterator[bytes]:
     read = struct.pack("<QIIQII", 0, 4096, 0, 0, 0, 0)
     data = b"".join(_made(opcode, 0, 3, read) for opcode in (f.READ, f.LSEEK, f.FLUSH, f.FSYNC, f.RELEASE))
     listing = b"".join(
-        _made(f.READDIRPLUS, 99, 1, struct.pack("<QIIQII", offset, 4096, 0, 0, 0, 0)) for offset in range(10)
+        _made(f.READDIRPLUS, 99, 1, struct.pack("<QIIQII", offset, 4096, 0, 0, 0, 0))
+        for offset in (0, 1, 2, 3, 4, 1 << 30, 1 << 30 | 4)
     )
     init = _step(0, f.frame(f.INIT, 0, f.INIT_IN.pack(7, 38, 0, (1 << 32) - 1, (1 << 32) - 1)))
     replied = _step(2, bytes([0, 0, 0xFF]) + bytes(f.INIT_OUT.size))

@@ -211,9 +211,11 @@ class Program(RuleBasedStateMachine):
     def batch_forget(self, items: list[tuple[int, int]]) -> None:
         self.feed(f.batch_forget(*((self.nodes(choose), count) for choose, count in items)))
 
-    @rule(handle=st.sampled_from([*HANDLES, 0, 7]), offset=st.integers(0, 14), size=SIZES)
-    def readdirplus(self, handle: int, offset: int, size: int) -> None:
-        self.feed(f.readdirplus(ROOT, handle, offset, size))
+    @rule(
+        handle=st.sampled_from([*HANDLES, 0, 7]), offset=st.integers(0, 14), plain=st.booleans(), size=SIZES
+    )
+    def readdirplus(self, handle: int, offset: int, plain: bool, size: int) -> None:
+        self.feed(f.readdirplus(ROOT, handle, plain << 30 | offset, size))
 
     @rule(handle=st.sampled_from([*HANDLES, 0, 7]))
     def releasedir(self, handle: int) -> None:

@@ -50,6 +50,8 @@ class Name:
     plain: Plain | None
     #: whether it is plain now; else Python is asked
     answered: bool
+    #: what a listing calls the place behind it
+    offset: int
 
 
 @dataclass
@@ -66,6 +68,8 @@ class Directory:
     names: dict[bytes, Name]
     known: int = 0
     let_go: bool = False
+    #: names retracted so far
+    changes: int = 0
 
 
 @dataclass
@@ -73,6 +77,8 @@ class Listing:
     directory: int
     parent: int
     names: list[bytes]
+    #: of the directory when `names` were
+    changes: int
     fresh: bool
 
 
@@ -121,9 +127,15 @@ class Twin:
         fits = {
             name: plain if plain and 1 < plain.real <= _REAL_MASK else None for name, plain in names.items()
         }
-        self.directories[id] = Directory(
-            id, homes, {name: Name(plain, plain is not None) for name, plain in fits.items()}
-        )
+        self.directories[id] = Directory(id, homes, {})
+        for name, plain in fits.items():
+            self._add(self.directories[id], name, plain)
+
+    @staticmethod
+    def _add(directory: Directory, name: bytes, plain: Plain | None) -> None:
+        """Names never go; those that are not plain when they come are listed first."""
+        offset = (plain is not None) << 30 | len(directory.names)
+        directory.names[name] = Name(plain, plain is not None, offset + 3)
 
     def forget_directory(self, id: int) -> None:
         self.directories.pop(id, None)
@@ -132,7 +144,10 @@ class Twin:
         directory = self.directories.get(id)
         if directory is None:
             return False
-        directory.names.setdefault(name, Name(None, False)).answered = False
+        directory.changes += 1
+        if name not in directory.names:
+            self._add(directory, name, None)
+        directory.names[name].answered = False
         return True
 
     def adopt(self, id: int, name: bytes) -> int:
@@ -162,8 +177,13 @@ class Twin:
         directory.let_go = True
         return True
 
+    def arrange(self, id: int, names: list[bytes]) -> list[bytes]:
+        """In the order of listings."""
+        return sorted(names, key=lambda name: self.directories[id].names[name].offset)
+
     def list_names(self, handle: int, id: int, parent: int, names: list[bytes]) -> None:
-        self.listings[handle] = Listing(id, parent, names, handle not in self.listings)
+        changes = self.directories[id].changes
+        self.listings[handle] = Listing(id, parent, names, changes, handle not in self.listings)
 
     def switch(self, node: int, path: str) -> int:
         switched = [opened for opened in self.open.values() if opened.node == node]
@@ -379,19 +399,24 @@ class Twin:
         handle, offset, size, *_ = f.READ_IN.unpack_from(body)
         listing = self.listings.get(handle)
         directory = self.directories.get(listing.directory) if listing else None
-        if listing is None or directory is None or (offset == 0 and not listing.fresh):
+        if listing is None or directory is None:
             raise _Ask
+        if offset == 0 and not (listing.fresh and listing.changes == directory.changes):
+            raise _Ask  # Python looks again
         room = min(size, LISTING_MAX)
         payload, told = b"", []
-        for at in range(offset, len(listing.names) + 2):
-            if at < 2:
-                ino = (listing.directory, listing.parent)[at]
-                item = f.listed(b".." if at else b".", ino, at + 1, stat.S_IFDIR)
-                if len(payload) + len(item) > room:
-                    break
-                payload += item
+        begun = True
+        for at in range(offset, 2):
+            ino = (listing.directory, listing.parent)[at]
+            item = f.listed(b".." if at else b".", ino, at + 1, stat.S_IFDIR)
+            begun = len(payload) + len(item) <= room
+            if not begun:
+                break
+            payload += item
+        for name in listing.names if begun else ():
+            behind = directory.names[name].offset
+            if behind <= offset:
                 continue
-            name = listing.names[at - 2]
             if len(payload) + len(f.listed(name, 0, 0, 0)) > room:
                 break
             try:
@@ -403,7 +428,7 @@ class Twin:
                 break
             self.known[found].lookups += 1
             told.append(found)
-            payload += f.listed(name, found, at + 1, stat.S_IFMT(st.st_mode), f.entry(st, found))
+            payload += f.listed(name, found, behind, stat.S_IFMT(st.st_mode), f.entry(st, found))
         if offset == 0:
             listing.fresh = False
         if not self.plugged:
