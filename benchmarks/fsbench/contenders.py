@@ -1,50 +1,26 @@
-"""The file systems that are compared: how each is mounted and unmounted by its own command. Times nothing."""
+"""The file systems that are compared: how each is mounted and unmounted by its own command. Times nothing but
+the mount."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .commands import run
 from .stacks import Stack
-
-COMMAND_TIMEOUT = 60  # seconds; no mount or unmount that is well takes as long
-
-
-class BenchmarkError(Exception):
-    """A contender could not be mounted, or showed something wrong; str() is one line."""
-
-
-def run(command: Sequence[str | Path], cwd: Path | None = None, timeout: float = COMMAND_TIMEOUT) -> str:
-    """Standard output of a command that must succeed.
-
-    Standard error goes to a file: a daemon may inherit it, and a pipe would then be waited on for ever."""
-    with tempfile.TemporaryFile() as errors:
-        try:
-            done = subprocess.run(
-                [str(word) for word in command], cwd=cwd, timeout=timeout, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=errors, text=True, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise BenchmarkError(f"{command[0]}: no end after {timeout:.0f} s") from None
-        except OSError as error:
-            raise BenchmarkError(f"{command[0]}: {error.strerror}") from None
-        if done.returncode != 0:
-            errors.seek(0)
-            lines = errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
-            raise BenchmarkError(f"{Path(command[0]).name}: exit status {done.returncode}: {lines[-1]}")
-        return done.stdout
 
 
 class Contender:
     name: str
+    #: served by a daemon through /dev/fuse: its requests are counted, its daemon's memory is read
+    fuse = True
 
     def missing(self) -> str | None:
-        """Why this one cannot be had here, or None."""
+        """Why this one cannot be had here, or None. That its options are taken shows only a mount."""
         raise NotImplementedError
 
     def version(self) -> str:
@@ -58,7 +34,7 @@ class Contender:
         """Seconds from the start of the command until a file of the bottom layer has answered a stat."""
         for directory in (upper, work, mnt):
             directory.mkdir(parents=True)
-        probe = mnt / next(reversed(stack.contents))
+        probe = mnt / stack.probe
         command = self.mount_command(stack, upper, work, mnt)
         begin = time.perf_counter()
         run(command, cwd=stack.layers)
@@ -69,8 +45,18 @@ class Contender:
         run(["umount", mnt])
 
 
+def _version(command: str, name: str) -> str:
+    """From the line that begins with the name: what libfuse says of itself may come first."""
+    lines = run([command, "--version"]).splitlines()
+    return next((line.split()[-1] for line in lines if line.startswith(name)), "unknown")
+
+
 class KernelOverlay(Contender):
-    name = "kernel overlayfs"
+    fuse = False
+
+    def __init__(self, options: str = "") -> None:
+        self.name = "kernel overlayfs" + (f" {options}" if options else "")
+        self.options = options
 
     def missing(self) -> str | None:
         subprocess.run(["modprobe", "overlay"], stderr=subprocess.DEVNULL, check=False)
@@ -79,10 +65,12 @@ class KernelOverlay(Contender):
         return None
 
     def version(self) -> str:
-        return f"Linux {os.uname().release}, default options"
+        return f"Linux {os.uname().release}, {self.options or 'default options'}"
 
     def mount_command(self, stack: Stack, upper: Path, work: Path, mnt: Path) -> list[str | Path]:
         options = f"lowerdir={':'.join(stack.names)},upperdir={upper},workdir={work}"
+        if self.options:
+            options += f",{self.options}"
         return ["mount", "-t", "overlay", "overlay", "-o", options, mnt]
 
 
@@ -96,18 +84,50 @@ class FuseOverlayfs(Contender):
         return None if shutil.which(self.command) else "not installed (scripts/setup bench)"
 
     def version(self) -> str:
-        lines = run([self.command, "--version"]).splitlines()
-        return next((line.split(": ")[-1] for line in lines if line.startswith(self.name)), "unknown")
+        return _version(self.command, self.name)
 
     def mount_command(self, stack: Stack, upper: Path, work: Path, mnt: Path) -> list[str | Path]:
         options = f"lowerdir={':'.join(stack.names)},upperdir={upper},workdir={work}"
         return [self.command, "-o", options, mnt]
 
 
-class LayerFs(Contender):
-    name = "layerfs"
+class UnionfsFuse(Contender):
+    """Copies up, but knows neither the whiteouts nor the opaque directories of layers."""
 
+    name = "unionfs-fuse"
+
+    def missing(self) -> str | None:
+        return None if shutil.which("unionfs") else "not installed (scripts/setup bench)"
+
+    def version(self) -> str:
+        return _version("unionfs", self.name)
+
+    def mount_command(self, stack: Stack, upper: Path, work: Path, mnt: Path) -> list[str | Path]:
+        branches = ":".join([f"{upper}=RW", *(f"{name}=RO" for name in stack.names)])
+        return ["unionfs", "-o", "cow,allow_other,use_ino,suid,dev", branches, mnt]
+
+
+class MergerFs(Contender):
+    """Copies nothing up: what would change a lower layer is refused, because layers are sealed."""
+
+    name = "mergerfs"
+
+    def missing(self) -> str | None:
+        return None if shutil.which("mergerfs") else "not installed (scripts/setup bench)"
+
+    def version(self) -> str:
+        return _version("mergerfs", self.name)
+
+    def mount_command(self, stack: Stack, upper: Path, work: Path, mnt: Path) -> list[str | Path]:
+        branches = ":".join([f"{upper}=RW", *(f"{name}=RO" for name in stack.names)])
+        # The first branch that has a name, or that may be written; pages kept while a file has not changed.
+        options = "allow_other,use_ino,suid,dev,minfreespace=0,cache.files=auto-full,category.create=ff"
+        return ["mergerfs", "-o", options, branches, mnt]
+
+
+class LayerFs(Contender):
     def __init__(self, command: str, options: str | None = None) -> None:
+        self.name = f"layerfs {options}" if options else "layerfs"
         self.command = command
         self.options = options
 
@@ -127,3 +147,20 @@ class LayerFs(Contender):
 
     def unmount(self, mnt: Path) -> None:
         run([self.command, "umount", mnt])
+
+
+#: What layerfs is mounted with besides its defaults. One that refuses them is left out, and reported.
+LAYERFS_OPTIONS = ("gate=off,data=python", "gate=on,data=cached", "gate=on,data=passthrough")
+
+
+def contenders(layerfs: str, fuse_overlayfs: str) -> Sequence[Contender]:
+    """All of them; the first is what the others are compared with."""
+    return (
+        KernelOverlay(),
+        KernelOverlay("redirect_dir=on,metacopy=on"),
+        FuseOverlayfs(fuse_overlayfs),
+        UnionfsFuse(),
+        MergerFs(),
+        LayerFs(layerfs),
+        *(LayerFs(layerfs, options) for options in LAYERFS_OPTIONS),
+    )

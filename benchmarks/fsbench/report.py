@@ -1,84 +1,59 @@
-"""Turns measures into a Markdown table of ratios and into JSON. Measures nothing."""
+"""Turns results into Markdown: ratios, requests, verdicts. Measures nothing."""
 
 from __future__ import annotations
 
-import datetime
-import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-from .contenders import Contender
-from .rounds import Bench, Measure
+from .limits import LIMITS, verdict
+from .measures import Measure
+from .results import Results
 
-
-def machine(scratch: Path) -> dict[str, object]:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    cpu = names[0].split(":", 1)[1].strip() if names else os.uname().machine
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    file_system, longest = "unknown", -1
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        mount_point = line.split()[1]
-        if scratch.is_relative_to(mount_point) and len(mount_point) >= longest:
-            file_system, longest = line.split()[2], len(mount_point)
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_GiB": round(memory / 2**30, 1),
-        "kernel": os.uname().release,
-        "layers_on": file_system,
-        "load_at_start": round(os.getloadavg()[0], 2),
-    }
+_MOST_KINDS = 4  # of requests that are named
 
 
-def as_json(bench: Bench, versions: dict[str, str], where: dict[str, object]) -> dict[str, object]:
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": where,
-        "contenders": versions,
-        "sizes": asdict(bench.sizes),
-        "measures": [
-            {
-                "key": measure.key,
-                "title": measure.title,
-                "operations": measure.operations,
-                "unit": measure.unit,
-                "median": {name: measure.value(name) for name in versions},
-                "seconds": measure.seconds,
-                "wrong": measure.wrong,
-            }
-            for measure in bench.measures.values()
-        ],
-        "failures": bench.failures,
-    }
+def as_markdown(results: Results, *, judged: bool = True) -> str:
+    """`judged`: with verdicts, which the small sizes of the short form cannot give."""
+    parts = [_head(results), _times(results), _requests(results), _growth(results)]
+    if judged:
+        parts.append(_verdicts(results))
+    parts.append(_remarks(results))
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
-def as_markdown(
-    bench: Bench, contenders: Sequence[Contender], versions: dict[str, str], where: dict[str, object]
-) -> str:
-    base, *others = [contender.name for contender in contenders]
-    lines = [
-        f"{datetime.date.today()}: {where['cpu']}, {where['cores']} cores, {where['memory_GiB']} GiB, "
+def _head(results: Results) -> list[str]:
+    where = results.machine
+    return [
+        f"{results.date[:10]}: {where['cpu']}, {where['cores']} cores, {where['memory_GiB']} GiB, "
         f"layers on {where['layers_on']}; load at the start {where['load_at_start']}.",
-        *(f"* {name}: {version}" for name, version in versions.items()),
-        "",
-        f"Median wall time of {base}; for the others the ratio to it: median [least to most of the rounds], "
-        "and their time.",
-        "",
-        f"| work | {base} | " + " | ".join(others) + " |",
-        "|---|---|" + "---|" * len(others),
+        *(f"* {name}: {version}" for name, version in results.contenders.items()),
     ]
-    for measure in bench.measures.values():
-        cells = [_time(measure, base), *(_ratio(measure, name, base) for name in others)]
-        lines.append(f"| {measure.title} | " + " | ".join(cells) + " |")
-    growth = _growth(bench, [base, *others])
-    if growth:
-        lines += ["", *growth]
-    for measure in bench.measures.values():
-        lines += [f"* {name}, {measure.title}: WRONG: {why}" for name, why in measure.wrong.items()]
-    lines += [f"* FAILED: {failure}" for failure in bench.failures]
-    return "\n".join(lines) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return lines + ["| " + " | ".join(row) + " |" for row in escaped] if rows else []
+
+
+def _times(results: Results) -> list[str]:
+    base, *others = results.contenders
+    asked = results.ours[:1]  # whose requests stand beside the times
+    rows = [
+        [
+            measure.title,
+            _time(measure, base),
+            *(_ratio(measure, name, base) for name in others),
+            *(_each(measure, name) for name in asked),
+        ]
+        for measure in results.measures.values()
+    ]
+    return [
+        f"Median of {base}; for the others the ratio to it: median [least to most of the rounds], and their "
+        "median. Requests are those that the kernel sends to the daemon, for each operation.",
+        "",
+        *_table(["work", base, *others, *(f"requests, {name}" for name in asked)], rows),
+    ]
 
 
 def _time(measure: Measure, name: str) -> str:
@@ -86,7 +61,7 @@ def _time(measure: Measure, name: str) -> str:
     if value is None:
         return "wrong" if name in measure.wrong else "-"
     decimals = 2 if value < 10 else 1 if value < 100 else 0
-    return f"{value:.{decimals}f} {'µs' if measure.unit == 'us' else 'ms'}"
+    return f"{value:.{decimals}f} {'µs' if measure.unit == 'us' else measure.unit}"
 
 
 def _ratio(measure: Measure, name: str, base: str) -> str:
@@ -94,26 +69,79 @@ def _ratio(measure: Measure, name: str, base: str) -> str:
     if not ratios:
         return _time(measure, name)
     middle, least, most = statistics.median(ratios), min(ratios), max(ratios)
-    return f"**{middle:.2f}** [{least:.2f} to {most:.2f}], {_time(measure, name)}"
+    spread = f" [{least:.2f} to {most:.2f}]" if len(ratios) > 1 else ""
+    return f"**{middle:.2f}**{spread}, {_time(measure, name)}"
 
 
-def _growth(bench: Bench, names: Sequence[str]) -> list[str]:
+def _each(measure: Measure, name: str) -> str:
+    each = measure.requests_each(name)
+    return "-" if each is None else _number(each)
+
+
+def _number(each: float) -> str:
+    return f"{each:,.0f}" if each >= 100 else f"{each:.2f}" if each else "0"
+
+
+def _requests(results: Results) -> list[str]:
+    names = [
+        name for name in results.contenders if any(name in one.requests for one in results.measures.values())
+    ]
+    rows = []
+    for measure in results.measures.values():
+        cells = [_kinds(measure.requests.get(name), measure.operations) for name in names]
+        if any(cell != "-" for cell in cells):
+            rows.append([measure.title, f"{measure.operations:,}", *cells])
+    title = "Requests for each operation, by kind; FORGET, which nobody waits for, is not counted."
+    return [title, "", *_table(["work", "operations", *names], rows)] if rows else []
+
+
+def _kinds(kinds: Mapping[str, int] | None, operations: int) -> str:
+    """`2.05: LOOKUP 1.00, OPEN 0.35, ...`; what is less than a hundredth stays out."""
+    if kinds is None:
+        return "-"
+    named = [
+        f"{kind} {_number(count / operations)}" for kind, count in kinds.items() if count >= operations / 100
+    ]
+    if len(named) > _MOST_KINDS:
+        named[_MOST_KINDS:] = ["…"]
+    return f"**{_number(sum(kinds.values()) / operations)}**" + (f": {', '.join(named)}" if named else "")
+
+
+def _growth(results: Results) -> list[str]:
     """Cold stat at more layers against one layer, for each contender by itself."""
-    counts = [count for count in bench.sizes.shape_layers if count > 1]
+    counts = [count for count in results.sizes.shape_layers if count > 1]
     rows = []
     for shape in ("wide", "deep"):
         for which, what in (("present", "stat"), ("absent", "absent names")):
-            one = bench.measures.get(f"{shape}_{which}_1")
+            one = results.measures.get(f"{shape}_{which}_1")
             if one is None:
                 continue
-            for name in names:
+            for name in results.contenders:
                 cells = []
                 for count in counts:
-                    many = bench.measures.get(f"{shape}_{which}_{count}")
+                    many = results.measures.get(f"{shape}_{which}_{count}")
                     top, bottom = many.value(name) if many else None, one.value(name)
                     cells.append(f"{top / bottom:.2f}" if top and bottom else "-")
-                rows.append(f"| {shape}, cold {what} | {name} | " + " | ".join(cells) + " |")
-    if not rows:
-        return []
-    columns = " | ".join(f"{count} layers" for count in counts)
-    return [f"| time against the same at 1 layer | | {columns} |", "|---|---|" + "---|" * len(counts), *rows]
+                rows.append([f"{shape}, cold {what}", name, *cells])
+    return _table(["time against the same at 1 layer", "", *(f"{count} layers" for count in counts)], rows)
+
+
+def _verdicts(results: Results) -> list[str]:
+    """Every figure of DESIGN, whether it was measured or not."""
+    rows = []
+    for limit in LIMITS:
+        cells = []
+        for name in results.ours:
+            one = verdict(limit, results.measures, name, results.base, results.layers)
+            cells.append(f"{one.value:.2f}: {one}" if one else "not measured")
+        rows.append([limit.work, f"{limit.most:g}", *cells])
+    title = "Numbers to reach (DESIGN, section 9): ratios to kernel overlayfs unless a unit is named."
+    return [title, "", *_table(["work", "at most", *results.ours], rows)]
+
+
+def _remarks(results: Results) -> list[str]:
+    lines = [f"* Left out: {name}: {why}" for name, why in results.left_out.items()]
+    lines += [f"* Skipped: {name}: {why}" for name, why in results.skipped.items()]
+    for measure in results.measures.values():
+        lines += [f"* {name}, {measure.title}: WRONG: {why}" for name, why in measure.wrong.items()]
+    return lines + [f"* FAILED: {failure}" for failure in results.failures]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fsbench.contenders import BenchmarkError, run
+from fsbench.commands import BenchmarkError, run
 
 from . import small, trees
 from .tools import Tool, packers, unpackers

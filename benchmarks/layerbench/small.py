@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fsbench.contenders import run
+from fsbench.commands import run
 
 _PER_DIRECTORY = 100
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from fsbench.contenders import BenchmarkError, run
+from fsbench.commands import BenchmarkError, run
 
 #: What GNU tar is told: everything that a layer holds, times to the nanosecond.
 _TAR = "tar --format=posix --numeric-owner --xattrs"

@@ -14,9 +14,11 @@ import stat
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Final
+from time import perf_counter_ns
+from typing import Final, Protocol
 
 from layerfs.fuse.adapter import FOR_EVER
+from layerfs.fuse.counters import Counters
 from layerfs.vfs.vfs import Attributes, Caller, Vfs
 
 log = logging.getLogger("layerfs.fuse")
@@ -80,13 +82,22 @@ _SECOND: Final = 1_000_000_000
 Reply = Callable[[int, int, bytes], None]
 
 
+class _Carrier(Protocol):
+    """A method named as its opcode: node id, caller and what follows the header; the answer's payload."""
+
+    __name__: str
+
+    def __call__(self, node: int, caller: Caller, body: bytes, /) -> Awaitable[bytes]: ...
+
+
 class Extra:
     """One mount's. Frames may be handled at the same time."""
 
-    def __init__(self, vfs: Vfs, reply: Reply) -> None:
+    def __init__(self, vfs: Vfs, reply: Reply, counters: Counters) -> None:
         self.vfs = vfs
         self._reply = reply
-        self._carriers: dict[int, Callable[[int, Caller, bytes], Awaitable[bytes]]] = {
+        self._counters = counters
+        self._carriers: dict[int, _Carrier] = {
             FSYNC: self._fsync,
             IOCTL: self._ioctl,
             FALLOCATE: self._fallocate,
@@ -103,24 +114,31 @@ class Extra:
         its traceback, EIO for the caller.
         """
         _, opcode, unique, node, uid, gid, pid, _, _ = _IN_HEADER.unpack_from(frame)
-        error, payload = 0, b""
+        carrier = self._carriers.get(opcode)
+        if carrier is None:
+            self._reply(unique, errno.ENOSYS, b"")
+            return
+        error, payload, started = 0, b"", perf_counter_ns()
         try:
-            carrier = self._carriers.get(opcode)
-            if carrier is None:
-                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
             payload = await carrier(node, Caller(uid, gid, pid), frame[_IN_HEADER.size :])
         except OSError as failure:
             error = failure.errno or errno.EIO
         except Exception:
-            log.exception("request %d failed", opcode)
+            log.exception("%s failed", carrier.__name__)
             error = errno.EIO
+        finally:
+            self._counters.answered(carrier.__name__.removeprefix("_"), started)
         self._reply(unique, error, payload)
 
-    # -- one method an opcode: node id, caller, what follows the header ------------------------------
+    # -- one method an opcode --------------------------------------------------------------------------
 
     async def _ioctl(self, node: int, caller: Caller, body: bytes) -> bytes:
         # The file handle is passed over: with zero-message opens there is none.
-        _, _, command, _, in_size, _ = _IOCTL_IN.unpack_from(body)
+        _, _, command, arg, in_size, _ = _IOCTL_IN.unpack_from(body)
+        if arg:
+            # A user's own pointer: not one of the commands that the kernel carries out itself, by requests
+            # of its own, after it looked whether the caller may (fs/fuse/ioctl.c fuse_priv_ioctl, 5.13).
+            raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
         argument = body[_IOCTL_IN.size : _IOCTL_IN.size + in_size]
         return _IOCTL_OUT.pack(0, 0, 0, 0) + await self.vfs.ioctl(node, command, argument, caller)
 

@@ -108,7 +108,7 @@ async def _main(
         )
         if native is not None:
             native.on_let_go = operations.vfs.tree.let_go
-            extra = Extra(operations.vfs, native.reply)
+            extra = Extra(operations.vfs, native.reply, operations.counters)
             native.on_carry = lambda frame: nursery.start_soon(extra.handle, frame)
             native.carries(True)
         reporter.vfs = operations.vfs

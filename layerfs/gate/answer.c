@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/fs.h>
 #include <linux/fuse.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -646,6 +647,28 @@ static enum verdict on_file(struct gate *gate, const struct fuse_in_header *in, 
 	return reply(gate, in, 0, &out, sizeof(out));
 }
 
+/* Flags and attributes of inodes are Python's; everything else is none that a file has. Every open() of Python's asks
+ * whether it is a terminal. */
+static enum verdict ioctl_of(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
+{
+	struct fuse_ioctl_in arg;
+
+	if (size < sizeof(arg))
+		return PASSED;
+	memcpy(&arg, body, sizeof(arg));
+	switch (arg.cmd) {
+	case FS_IOC_GETFLAGS:
+	case FS_IOC_SETFLAGS:
+	case FS_IOC32_GETFLAGS:
+	case FS_IOC32_SETFLAGS:
+	case FS_IOC_FSGETXATTR:
+	case FS_IOC_FSSETXATTR:
+		return CARRIED;
+	default:
+		return reply(gate, in, ENOTTY, NULL, 0);
+	}
+}
+
 /* -- all ------------------------------------------------------------------------------------------------------------ */
 
 static enum verdict decide(struct gate *gate, struct fuse_in_header *in, char *body, size_t *frame_size)
@@ -684,6 +707,7 @@ static enum verdict decide(struct gate *gate, struct fuse_in_header *in, char *b
 	case FUSE_LSEEK:
 		return on_file(gate, in, body, size);
 	case FUSE_IOCTL:
+		return ioctl_of(gate, in, body, size);
 	case FUSE_FALLOCATE:
 	case FUSE_COPY_FILE_RANGE:
 	case OPCODE_TMPFILE:

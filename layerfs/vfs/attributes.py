@@ -159,6 +159,8 @@ class Attributes:
         self.tree.changed(node)
         self.tree.gate.retract_capability(node.id)
         path, follow, _keep = self.tree.real_path(node)
+        if isinstance(node, Directory):
+            node.has_default_acl = None
         os.setxattr(path, attribute, value, follow_symlinks=follow)
         if attribute == acl.ACCESS and self.upper.overrides:
             # The file system put the ACL's bits into the real mode (fs/posix_acl.c posix_acl_update_mode).
@@ -196,6 +198,8 @@ class Attributes:
         await self._into_upper(node, caller)
         self.tree.changed(node)
         path, follow, _keep = self.tree.real_path(node)
+        if isinstance(node, Directory):
+            node.has_default_acl = None
         os.removexattr(path, attribute, follow_symlinks=follow)
 
 

@@ -74,7 +74,7 @@ class Namespace:
         parent_fd = self.copyup.directory(parent)
         hidden = merged.hides(name)
         is_dir = stat.S_ISDIR(new.mode)
-        new = self._masked(parent_fd, new, caller)
+        new = self._masked(parent, parent_fd, new, caller)
         owner = self._owner(caller)
         direct = not hidden and owner == (self._uid, self._gid) and not self.upper.overrides
         if direct:
@@ -107,7 +107,7 @@ class Namespace:
         """
         self.names.check_parent(parent)
         parent_fd = self.copyup.directory(parent)
-        new = self._masked(parent_fd, New(mode), caller)
+        new = self._masked(parent, parent_fd, New(mode), caller)
         owner = self._owner(caller)
         direct = owner == (self._uid, self._gid) and not self.upper.overrides
         permissions = stat.S_IMODE(new.mode)
@@ -124,12 +124,14 @@ class Namespace:
         node.pin = fd
         return node, fd
 
-    def _masked(self, parent: OwnedFd, new: New, caller: Caller) -> New:
+    def _masked(self, parent: Directory, parent_fd: OwnedFd, new: New, caller: Caller) -> New:
         """Takes the caller's umask off the mode, unless the directory has a default ACL, which takes the
         umask's place (fs/posix_acl.c posix_acl_create)."""
-        if not caller.umask or stat.S_ISLNK(new.mode) or self._default_acl(parent) is not None:
+        if not caller.umask or stat.S_ISLNK(new.mode):
             return new
-        return replace(new, mode=new.mode & ~caller.umask)
+        if parent.has_default_acl is None:
+            parent.has_default_acl = self._default_acl(parent_fd) is not None
+        return new if parent.has_default_acl else replace(new, mode=new.mode & ~caller.umask)
 
     def _default_acl(self, directory: OwnedFd) -> bytes | None:
         try:

@@ -69,6 +69,7 @@ class Node:
 
 class Directory(Node):
     __slots__ = (
+        "has_default_acl",
         "impure",
         "loading",
         "lower_path",
@@ -87,6 +88,8 @@ class Directory(Node):
         #: its names, once it was loaded
         self.merged: Merged | None = None
         self.loading: trio.Event | None = None
+        #: whether its upper part has a default ACL; None: not looked yet
+        self.has_default_acl: bool | None = None
         #: whether the upper directory is marked to hold objects with recorded numbers; None: not looked yet
         self.impure: bool | None = None
         #: the mark is there, and it is ours (the kernel may take its own away)

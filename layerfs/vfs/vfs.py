@@ -185,6 +185,8 @@ class Vfs:
                 and directory.merged.names.get(name) is entry
             ):
                 node.lookups += 1
+                if attributes.st.st_nlink == 1:
+                    self.tree.entrust(node, directory, name)
                 return attributes
             self.tree.release(node)
 
@@ -254,7 +256,9 @@ class Vfs:
         kept = self.files.backing_flags(flags)
         directory = self.tree.directory(parent)
         node, fd = await self._write().names.make_unnamed(directory, mode, kept, caller)
-        return self.files.adopt(node, fd, flags, caller), await self._born(node)
+        handle = self.files.adopt(node, fd, flags, caller)
+        self.tree.gate.tell_no_capability(node.id)
+        return handle, await self._born(node)
 
     async def _born(self, node: Node) -> Attributes:
         node.lookups += 1

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import trio
 
+from layerfs.fuse.counters import Counters
 from layerfs.fuse.extra import Extra
 from layerfs.ids import ROOT
 from layerfs.overlay.names import TRUSTED, USER, XattrNames
@@ -23,7 +24,8 @@ from layerfs.vfs.vfs import Caller, Vfs
 from tests.support.stack import Stack
 
 NAMES = XattrNames(TRUSTED if os.geteuid() == 0 else USER)
-IOCTL, FALLOCATE, LSEEK, COPY_FILE_RANGE, TMPFILE, STATX, COPY_FILE_RANGE_64 = 39, 43, 46, 47, 51, 52, 53
+FSYNC, IOCTL, FALLOCATE, LSEEK, COPY_FILE_RANGE, TMPFILE, STATX = 20, 39, 43, 46, 47, 51, 52
+COPY_FILE_RANGE_64 = 53
 
 
 class InHeader(Structure):
@@ -91,6 +93,10 @@ class WriteOut(Structure):
 
 class CopyFileRangeOut(Structure):
     _fields_ = [("bytes_copied", c_uint64)]
+
+
+class FsyncIn(Structure):
+    _fields_ = [("fh", c_uint64), ("fsync_flags", c_uint32), ("padding", c_uint32)]
 
 
 class CreateIn(Structure):
@@ -197,7 +203,8 @@ class Kernel:
     def __init__(self, vfs: Vfs) -> None:
         self.vfs = vfs
         self.caller = Caller(os.geteuid(), os.getegid(), os.getpid())
-        self.extra = Extra(vfs, self._reply)
+        self.counters = Counters()
+        self.extra = Extra(vfs, self._reply, self.counters)
         self._unique = itertools.count(2, 2)
         self._answers: dict[int, tuple[int, bytes]] = {}
 

@@ -146,8 +146,8 @@ async def test_copy_of_what_is_open_twice(laid_out: Stack) -> None:
 # -- ioctl -----------------------------------------------------------------------------------------
 
 
-async def ioctl(k: Kernel, node: int, command: int, value: bytes = b"", size: int = 0) -> bytes:
-    request = frames.IoctlIn(0, 0, command, 0, len(value), size)
+async def ioctl(k: Kernel, node: int, command: int, value: bytes = b"", size: int = 0, arg: int = 0) -> bytes:
+    request = frames.IoctlIn(0, 0, command, arg, len(value), size)
     payload = await k.send(frames.IOCTL, node, bytes(request) + value)
     out = frames.IoctlOut.from_buffer_copy(payload)
     assert (out.result, out.flags, out.in_iovs, out.out_iovs) == (0, 0, 0, 0)
@@ -207,6 +207,14 @@ async def test_other_ioctls(laid_out: Stack, command: int) -> None:
     async with kernel(laid_out) as k:
         for name in ("f", "d"):
             assert await error_of(ioctl(k, await k.find(name), command)) == "ENOTTY"
+
+
+async def test_flags_that_the_kernel_has_not_looked_at(laid_out: Stack) -> None:
+    """Before 5.13 it handed these commands on as they came, whoever asked."""
+    async with kernel(laid_out) as k:
+        node = await k.find("f")
+        assert await error_of(ioctl(k, node, FSGETXATTR, size=28, arg=0x7FFF0000)) == "ENOTTY"
+        assert await error_of(ioctl(k, node, FSSETXATTR, bytes(28), arg=0x7FFF0000)) == "ENOTTY"
 
 
 # -- statx -----------------------------------------------------------------------------------------
@@ -291,7 +299,42 @@ async def test_our_bug_is_loud(
         monkeypatch.setattr(k.vfs, "seek", None)
         with caplog.at_level(logging.ERROR, "layerfs.fuse"):
             assert await error_of(k.lseek(1, 0, os.SEEK_DATA)) == "EIO"
-        assert "request 46 failed" in caplog.text and "Traceback" in caplog.text
+        assert "_lseek failed" in caplog.text and "Traceback" in caplog.text
+
+
+async def test_requests_are_counted(laid_out: Stack) -> None:
+    async with kernel(laid_out) as k:
+        await k.statx(await k.find("f"))
+        assert await error_of(k.lseek(1, 0, os.SEEK_DATA)) == "EBADF"
+        found = {kind: sum(times) for kind, times in k.counters.histograms().items()}
+        assert found == {"statx": 1, "lseek": 1}
+
+
+# -- files that the gate opened itself: the node alone says which -----------------------------------
+
+NATIVE = 1 << 63 | 5
+
+
+async def test_copy_from_a_file_of_the_gate(laid_out: Stack) -> None:
+    async with kernel(laid_out) as k:
+        node, target = await k.find("big"), await k.open("f", RW)
+        request = frames.CopyFileRangeIn(NATIVE, 100, 0, target, 0, 12, 0)
+        done = await k.ask(frames.COPY_FILE_RANGE_64, node, request, frames.CopyFileRangeOut)
+        assert done.bytes_copied == 12
+        assert bytes(await k.vfs.files.read(target, 0, 100)) == BIG[100:112]
+        assert list(k.vfs.files._handles) == [target]
+
+
+async def test_fsync_of_a_file_of_the_gate(laid_out: Stack) -> None:
+    """It closes the file to changes for those who expect it, as any fsync (`vfs.hold`)."""
+    async with kernel(laid_out) as k:
+        node = await k.find("f")
+        session = k.vfs.hold.session()
+        session.expect(node)
+        body = bytes(frames.FsyncIn(NATIVE, 1, 0))
+        assert await k.send(frames.FSYNC, node, body) == b""
+        assert node in session.closed and not k.vfs.files._handles
+        session.end()
 
 
 async def test_unknown_node(laid_out: Stack) -> None:

@@ -169,6 +169,22 @@ async def test_what_is_made_is_as_in_a_plain_directory(
         assert got == want, name
 
 
+async def test_default_acl_comes_and_goes(laid_out: Stack) -> None:
+    async with kernel(laid_out) as k:
+        d = await k.find("d")
+        k.caller = Caller(os.geteuid(), os.getegid(), 0, 0o077)
+
+        async def mode_of(name: bytes) -> int:
+            _, found = await k.vfs.create(d, name, 0o666 | stat.S_IFREG, RW, k.caller)
+            return stat.S_IMODE(found.st.st_mode)
+
+        assert await mode_of(b"one") == 0o600
+        await k.vfs.setxattr(d, DEFAULT.encode(), FOR_1234, k.caller)
+        assert await mode_of(b"two") == 0o660
+        await k.vfs.removexattr(d, DEFAULT.encode(), k.caller)
+        assert await mode_of(b"three") == 0o600
+
+
 async def through_vfs(k: Kernel, directory: int, mode: int, mask: int) -> None:
     made = await k.tmpfile(directory, RW, mode, mask)
     await k.vfs.link(made.entry.nodeid, directory, b"tmpfile", k.caller)

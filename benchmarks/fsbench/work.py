@@ -1,13 +1,12 @@
-"""The jobs that are timed, each on a directory of a mount, each with the check that its result is right.
+"""Work that is timed and is no program of its own, and checks of what was made.
 
-Run as a program of its own (`python3 jobs.py NAME ARGUMENTS...`, prints seconds): a file system that hangs
-then hangs a process that can be killed, and no job finds another one's heap."""
+Run as a program (`python3 work.py NAME ARGUMENTS...`, prints seconds; a check prints nothing): a file system
+that hangs then hangs a process that can be killed, and no job finds another one's heap."""
 
 from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import sys
 import tarfile
 import time
@@ -22,11 +21,15 @@ def _data(number: int) -> bytes:
     return b"%06d " % number * 16
 
 
-def create(top: str, count: int) -> float:
-    """`count` files of 112 bytes, a hundred to a new directory."""
+def _places(top: str, count: int) -> tuple[list[str], list[tuple[str, bytes]]]:
     directories = [f"{top}/{number:03}" for number in range(-(-count // FILES_PER_DIRECTORY))]
     files = [(f"{directories[n // FILES_PER_DIRECTORY]}/{n:06}", _data(n)) for n in range(count)]
-    os.mkdir(top)
+    return directories, files
+
+
+def create(top: str, count: int) -> float:
+    """`count` files of 112 bytes, a hundred to a new directory."""
+    directories, files = _places(top, count)
     begin = time.perf_counter()
     for directory in directories:
         os.mkdir(directory)
@@ -34,12 +37,14 @@ def create(top: str, count: int) -> float:
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.write(fd, data)
         os.close(fd)
-    elapsed = time.perf_counter() - begin
-    for name, data in files:
+    return time.perf_counter() - begin
+
+
+def check_created(top: str, count: int) -> None:
+    for name, data in _places(top, count)[1]:
         with open(name, "rb") as file:
             if file.read() != data:
                 raise SystemExit(f"{name}: not what was written")
-    return elapsed
 
 
 def remove(top: str) -> float:
@@ -49,11 +54,29 @@ def remove(top: str) -> float:
         for file in list(os.scandir(entry.path)):
             os.unlink(file.path)
         os.rmdir(entry.path)
-    elapsed = time.perf_counter() - begin
+    return time.perf_counter() - begin
+
+
+def check_empty(top: str) -> None:
     if os.listdir(top):
         raise SystemExit(f"{top}: names left after removing all")
-    os.rmdir(top)
-    return elapsed
+
+
+def rename(directories: list[str]) -> float:
+    """Every file of these directories gets another name where it is."""
+    begin = time.perf_counter()
+    for directory in directories:
+        for name in os.listdir(directory):
+            os.rename(f"{directory}/{name}", f"{directory}/{name}.renamed")
+    return time.perf_counter() - begin
+
+
+def append(path: str, text: str) -> float:
+    begin = time.perf_counter()
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+    os.write(fd, text.encode())
+    os.close(fd)
+    return time.perf_counter() - begin
 
 
 def make_tar(path: Path, count: int) -> None:
@@ -78,14 +101,7 @@ def make_tar(path: Path, count: int) -> None:
                     tar.addfile(member)
 
 
-def untar(top: str, archive: str) -> float:
-    """GNU tar's own extraction. Its exit status counts: an error that tar reports is a wrong result."""
-    os.mkdir(top)
-    begin = time.perf_counter()
-    done = subprocess.run(["tar", "-xf", archive, "-C", top], capture_output=True, text=True, check=False)
-    elapsed = time.perf_counter() - begin
-    if done.returncode != 0:
-        raise SystemExit((done.stderr.strip().splitlines() or ["tar failed"])[0])
+def check_untarred(top: str, archive: str) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             path = f"{top}/{member.name}"
@@ -101,15 +117,18 @@ def untar(top: str, archive: str) -> float:
                 raise SystemExit(f"{path}: wrong link")
             if member.islnk() and not os.path.samefile(path, f"{top}/{member.linkname}"):
                 raise SystemExit(f"{path}: not the same file as {member.linkname}")
-    return elapsed
 
 
-JOBS: dict[str, Callable[[list[str]], float]] = {
+WORK: dict[str, Callable[[list[str]], float | None]] = {
     "create": lambda words: create(words[0], int(words[1])),
+    "created": lambda words: check_created(words[0], int(words[1])),
     "remove": lambda words: remove(words[0]),
-    "untar": lambda words: untar(words[0], words[1]),
+    "empty": lambda words: check_empty(words[0]),
+    "rename": rename,
+    "append": lambda words: append(words[0], words[1]),
+    "untarred": lambda words: check_untarred(words[0], words[1]),
 }
 
 if __name__ == "__main__":
     gc.disable()
-    print(JOBS[sys.argv[1]](sys.argv[2:]))
+    print(WORK[sys.argv[1]](sys.argv[2:]) or "")
