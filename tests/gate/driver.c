@@ -18,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define FRAME_MAX (1 << 20)
@@ -225,6 +226,7 @@ static void command(void)
 	uint8_t letter = (uint8_t)number(1);
 	struct directory *directory;
 	struct known *known;
+	struct told *told;
 	int64_t position;
 	uint64_t id;
 	char *path;
@@ -263,11 +265,45 @@ static void command(void)
 		position = position_in(directory);
 		put_number(position < 0 ? 0 : facts_adopt(&gate.facts, directory, (uint32_t)position), 8);
 		break;
-	case 'B': /* id, name: give back */
+	case 'B': /* id, name, kind u8: give back */
 		directory = facts_directory(&gate.facts, number(8));
 		position = position_in(directory);
 		if (position >= 0)
-			facts_give_back(directory, (uint32_t)position, NAME_PLAIN);
+			facts_give_back(directory, (uint32_t)position, (uint8_t)number(1));
+		break;
+	case 'T': /* id, path: its attributes are told */
+		id = number(8);
+		path = path_operand();
+		told = gate_tell(&gate, id);
+		told->has_attributes = !lstat(path, &told->attributes);
+		free(path);
+		break;
+	case 'Q': /* id: it has no capability */
+		gate_tell(&gate, number(8))->no_capability = true;
+		break;
+	case 'V': /* id: nothing is told of it */
+		gate_untell(&gate, number(8));
+		break;
+	case 'E': /* handle, writes u8, path: lend. u8: done */
+		id = number(8);
+		{
+			bool writes = number(1);
+
+			path = path_operand();
+			fd = open(path, O_RDWR | O_CLOEXEC);
+			free(path);
+			put_number(gate_lend(&gate, id, fd, writes), 1);
+			close(fd);
+		}
+		break;
+	case 'Y': /* handle: take back */
+		gate_take_back(&gate, number(8));
+		break;
+	case 'W': /* u8: whether writes are held */
+		gate.holds_writes = number(1);
+		break;
+	case 'O': /* flags u64: what INIT offered, and what was asked for */
+		gate.init_flags = gate.extra_init_flags = number(8);
 		break;
 	case 'C': /* id: claim */
 		map_put(&gate.facts.claimed, number(8), NULL);
