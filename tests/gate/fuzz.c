@@ -184,10 +184,12 @@ static void answer(const uint8_t *data, size_t size)
 	while (recv(kernel, packet, sizeof(packet), 0) > 0)
 		;
 	if (send_reply(device, parts, used, NULL) >= 0) {
-		got = recv(kernel, packet, sizeof(packet), 0);
-		memcpy(&sent, packet, sizeof(sent));
-		if (got != (ssize_t)header.len || memcmp(&sent, &header, sizeof(sent)))
-			abort();
+		do { /* a reader's thread may have come first */
+			got = recv(kernel, packet, sizeof(packet), 0);
+			if (got < (ssize_t)sizeof(sent))
+				abort();
+			memcpy(&sent, packet, sizeof(sent));
+		} while (got != (ssize_t)header.len || memcmp(&sent, &header, sizeof(sent)));
 	}
 	free(payload);
 }
