@@ -154,3 +154,9 @@ def names_of(payload: bytes) -> list[bytes]:
         found.append(payload[at : at + length])
         at += length + -length % 8
     return found
+
+
+#: struct fuse_ioctl_in: handle, flags, command, argument, sizes.
+IOCTL_IN = struct.Struct("=QIIQII")
+#: linux/fs.h: FS_IOC_GETFLAGS and SETFLAGS, of 64 and 32 bits, FSGETXATTR and FSSETXATTR.
+FLAGS = (0x80086601, 0x40086602, 0x80046601, 0x40046602, 0x801C581F, 0x401C5820)

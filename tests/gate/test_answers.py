@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import struct
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -482,7 +483,7 @@ def test_fsync_of_a_lower_file_has_nothing_to_do(make_pair: Callable[..., Pair])
 
 # -- what is carried, what is passed -------------------------------------------------------------------
 
-CARRIED = (f.IOCTL, f.FALLOCATE, f.COPY_FILE_RANGE, f.TMPFILE, f.STATX, f.COPY_FILE_RANGE_64)
+CARRIED = (f.FALLOCATE, f.COPY_FILE_RANGE, f.TMPFILE, f.STATX, f.COPY_FILE_RANGE_64)
 
 
 @pytest.mark.parametrize("opcode", CARRIED)
@@ -493,6 +494,16 @@ def test_what_pyfuse3_cannot_carry(make_pair: Callable[..., Pair], opcode: int) 
     assert error(make_pair(carries=False).feed(frame)) == errno.ENOSYS
 
 
+def test_ioctls(make_pair: Callable[..., Pair]) -> None:
+    """Flags of inodes are Python's; nothing else is known of a file, a terminal's settings least of all."""
+    pair = make_pair(carries=True)
+    for command in f.FLAGS:
+        frame = f.frame(f.IOCTL, ROOT, f.IOCTL_IN.pack(9, 0, command, 0, 4, 4))
+        assert pair.feed(frame) == Answer(Verdict.CARRIED, frame)
+    frame = f.frame(f.IOCTL, ROOT, f.IOCTL_IN.pack(9, 0, termios.TCGETS, 0, 0, 64))
+    assert error(pair.feed(frame)) == errno.ENOTTY
+
+
 def test_lseek_of_python_s_files_is_carried(make_pair: Callable[..., Pair]) -> None:
     frame = f.lseek(ROOT, 9, 0, os.SEEK_DATA)
     assert make_pair(carries=True).feed(frame).verdict is Verdict.CARRIED
@@ -501,7 +512,7 @@ def test_lseek_of_python_s_files_is_carried(make_pair: Callable[..., Pair]) -> N
 
 NATIVE_OPCODES = {
     *(f.LOOKUP, f.FORGET, f.GETATTR, f.READLINK, f.OPEN, f.READ, f.STATFS, f.RELEASE, f.FSYNC, f.GETXATTR),
-    *(f.LISTXATTR, f.FLUSH, f.RELEASEDIR, f.BATCH_FORGET, f.READDIRPLUS, f.LSEEK),
+    *(f.LISTXATTR, f.FLUSH, f.IOCTL, f.RELEASEDIR, f.BATCH_FORGET, f.READDIRPLUS, f.LSEEK),
 }
 
 

@@ -23,7 +23,7 @@ LISTING_MAX = 256 << 10
 READ_MAX = 256 << 20
 _REAL_MASK = (1 << 48) - 1
 #: What pyfuse3 does not know.
-_UNCARRIED = {f.IOCTL, f.FALLOCATE, f.COPY_FILE_RANGE, f.TMPFILE, f.STATX, f.COPY_FILE_RANGE_64}
+_UNCARRIED = {f.FALLOCATE, f.COPY_FILE_RANGE, f.TMPFILE, f.STATX, f.COPY_FILE_RANGE_64}
 
 
 class Verdict(enum.IntEnum):
@@ -262,6 +262,11 @@ class Twin:
                 self._on_batch_forget(body, answer)
             elif opcode in _UNCARRIED:
                 answer.verdict = Verdict.CARRIED
+            elif opcode == f.IOCTL:
+                if f.IOCTL_IN.unpack_from(body)[2] in f.FLAGS:
+                    answer.verdict = Verdict.CARRIED
+                else:
+                    self._reply(answer, f.reply(unique, errno.ENOTTY))
             else:
                 self._on_request(opcode, node, body, unique, answer)
         except (_Ask, struct.error):
