@@ -94,6 +94,10 @@ class Gate(Protocol):
     def adopt(self, directory: NodeId, name: bytes) -> int:
         """Python makes a node of a name. Its lookup count until now."""
 
+    def entrust(self, directory: NodeId, name: bytes, lookups: int) -> bool:
+        """The object of a plain name, which the kernel has looked up so many times, is the gate's. Returns
+        whether it is."""
+
     def give_back(self, directory: NodeId, name: bytes, is_dir: bool) -> None:
         """Python has let go of the node of a name that is what it was when it was published."""
 
@@ -180,6 +184,9 @@ class NoGate:
 
     def adopt(self, directory: NodeId, name: bytes) -> int:
         return 0
+
+    def entrust(self, directory: NodeId, name: bytes, lookups: int) -> bool:
+        return False
 
     def give_back(self, directory: NodeId, name: bytes, is_dir: bool) -> None:
         pass

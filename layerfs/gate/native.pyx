@@ -102,6 +102,7 @@ cdef extern from "core.h":
     int64_t facts_find(const facts *, const directory *, const char *, size_t) nogil
     bint facts_retract(facts *, directory *, const char *, size_t) nogil
     void facts_give_back(directory *, uint32_t, uint8_t) nogil
+    known *facts_know(facts *, directory *, uint32_t) nogil
     uint64_t facts_adopt(facts *, directory *, uint32_t) nogil
     int files_switch(files *, uint64_t, int) nogil
     bint gate_init(gate *, uint32_t, uint64_t) nogil
@@ -352,6 +353,21 @@ cdef class NativeGate:
             return 0
         position = facts_find(&_gate.facts, found, name, len(name))
         return 0 if position < 0 else facts_adopt(&_gate.facts, found, <uint32_t>position)
+
+    def entrust(self, uint64_t id, bytes name, uint64_t lookups):
+        cdef directory *found = facts_directory(&_gate.facts, id)
+        cdef int64_t position
+        cdef known *object
+        if found == NULL:
+            return False
+        position = facts_find(&_gate.facts, found, name, len(name))
+        if position < 0 or found.names[position].kind != NAME_PLAIN:
+            return False
+        object = facts_know(&_gate.facts, found, <uint32_t>position)
+        if object == NULL:
+            return False
+        object.lookups += lookups
+        return True
 
     def give_back(self, uint64_t id, bytes name, bint is_dir):
         """Python let go of the node of a name that is what it was when it was published."""

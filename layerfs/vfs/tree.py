@@ -154,6 +154,19 @@ class Tree:
             node.pin = None
             node = parent
 
+    def entrust(self, node: Node, parent: Directory, name: bytes) -> None:
+        """Gives a lower file that was only looked up to the gate: Python answered because its directory was
+        not loaded yet."""
+        if node.in_upper or node.users or node.names or not isinstance(node, File) or not self.gate.native:
+            return
+        if node.home is None or self._plain_home(node.home) is None:
+            return
+        lookups, node.lookups = node.lookups, 0
+        self.release(node)
+        if not self.gate.entrust(parent.id, name, lookups):
+            assert parent.merged is not None
+            self.child(parent, name, parent.merged.names[name]).lookups = lookups
+
     def let_go(self, id: int) -> None:
         """The gate holds nothing of a directory any more."""
         self.release(self.nodes.get(NodeId(id)))
@@ -497,16 +510,13 @@ class Tree:
 
     def _plain(self, directory: Directory) -> dict[LowerDir, Plain]:
         """The lower directories whose files are shown as they are, but for their numbers."""
-        if self.owners is not None:
-            return {}
-        return {
-            home: (home.layer.fd.fd, home.path, base)
-            for home in directory.lowers
-            if not home.layer.overrides
-            and not home.region
-            and (base := numbers.base(home.layer.number)) is not None
-            and len(home.path) < PATH_MAX
-        }
+        return {home: plain for home in directory.lowers if (plain := self._plain_home(home)) is not None}
+
+    def _plain_home(self, home: LowerDir) -> Plain | None:
+        base = numbers.base(home.layer.number)
+        if self.owners is not None or home.layer.overrides or home.region or base is None:
+            return None
+        return (home.layer.fd.fd, home.path, base) if len(home.path) < PATH_MAX else None
 
     async def _read_names(self, directory: Directory) -> Merged:
         upper = self.upper_fd(directory) if directory.in_upper else None

@@ -185,6 +185,8 @@ class Vfs:
                 and directory.merged.names.get(name) is entry
             ):
                 node.lookups += 1
+                if attributes.st.st_nlink == 1:
+                    self.tree.entrust(node, directory, name)
                 return attributes
             self.tree.release(node)
 

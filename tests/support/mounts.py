@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -743,11 +744,8 @@ def _libfuse_version() -> str:
 
 
 def _gate_state() -> str:
-    try:
-        from layerfs import gate
-    except Exception as e:
-        return f"not importable ({type(e).__name__})"
-    return str(getattr(gate, "STATE", "off (pure Python)"))
+    built = importlib.util.find_spec("layerfs.gate.native") is not None
+    return f"{'built' if built else 'not built'}, asked for: {gate or 'as layerfs likes'}"
 
 
 def is_dead_mount(path: str | os.PathLike[str]) -> bool:

@@ -1,0 +1,171 @@
+"""How many requests a warm tree still costs, and who answers them: counted by the mount (`layerfs stat`)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support import mounts
+from tests.support.mounts import Layerfs
+from tests.support.stack import Stack
+
+pytestmark = pytest.mark.skipif(bool(mounts.why_no_layerfs()), reason=str(mounts.why_no_layerfs()))
+
+DIRECTORIES = [f"d{number}" for number in range(10)]
+FILES = [f"{directory}/f{number}" for directory in DIRECTORIES for number in range(90)]
+LINKS = [f"{directory}/l{number}" for directory in DIRECTORIES for number in range(10)]
+
+
+@pytest.fixture
+def mounted(make_stack: type[Stack]) -> Iterator[Layerfs]:
+    stack = make_stack(n_lowers=2)
+    for at, directory in enumerate(DIRECTORIES):
+        (stack.lowers[at % 2] / directory).mkdir()
+    for name in FILES:
+        (stack.lowers[int(name[1]) % 2] / name).write_text("content")
+    for name in LINKS:
+        (stack.lowers[int(name[1]) % 2] / name).symlink_to("f0")
+    with Layerfs(stack, "gate=on") as mount:
+        yield mount
+
+
+def counts(mount: Layerfs) -> dict[tuple[str, str], int]:
+    done = subprocess.run(
+        [*mounts.layerfs_command(), "stat", "--json", mount.mnt], capture_output=True, check=True
+    )
+    requests = json.loads(done.stdout)["requests"]
+    return {(kind, who): each[who] for kind, each in requests.items() for who in ("native", "python")}
+
+
+def undisturbed(once: Callable[[], dict[tuple[str, str], int]]) -> dict[tuple[str, str], int]:
+    """What `once` counts while nobody on the machine drops the kernel's caches."""
+    for _ in range(40):
+        before = _drops()
+        found = once()
+        if _drops() == before:
+            return found
+        time.sleep(0.25)
+    raise AssertionError("somebody drops the kernel's caches all the time")
+
+
+def _drops() -> list[str]:
+    with open("/proc/vmstat") as file:
+        return [line for line in file if line.startswith("drop_")]
+
+
+def caused(mount: Layerfs, work: Callable[[], object]) -> dict[tuple[str, str], int]:
+    """The requests of `work` on a warm tree, without those of asking for them and without FORGET."""
+
+    def warm() -> dict[tuple[str, str], int]:
+        work()
+        work()  # the first listing has the kernel ask for the directory's access time
+        return _caused_once(mount, work)
+
+    return undisturbed(warm)
+
+
+def _caused_once(mount: Layerfs, work: Callable[[], object]) -> dict[tuple[str, str], int]:
+    counts(mount)  # makes the kernel know what asking needs
+    before = counts(mount)
+    asking = {key: now - before.get(key, 0) for key, now in counts(mount).items()}
+    before = counts(mount)
+    work()
+    after = counts(mount)
+    all_of_it = {key: now - before.get(key, 0) - asking.get(key, 0) for key, now in after.items()}
+    return {key: count for key, count in all_of_it.items() if count and key[0] != "forget"}
+
+
+def test_a_warm_tree(mounted: Layerfs) -> None:
+    m = mounted.mnt
+
+    def look() -> None:
+        for name in FILES + LINKS:
+            os.lstat(m / name)
+
+    def follow() -> None:
+        for name in LINKS:
+            os.readlink(m / name)
+
+    def ask() -> None:
+        for name in FILES:
+            assert os.access(m / name, os.R_OK)
+
+    def read() -> None:
+        for name in FILES:
+            fd = os.open(m / name, os.O_RDONLY)
+            assert os.read(fd, 100) == b"content"
+            os.close(fd)
+
+    def listing() -> None:
+        for name in DIRECTORIES:
+            assert len(os.listdir(m / name)) == 100
+
+    def xattrs() -> None:
+        for name in FILES:
+            assert os.listxattr(m / name) == []
+
+    assert caused(mounted, look) == {}
+    assert caused(mounted, follow) == {}
+    assert caused(mounted, ask) == {}
+    opened = caused(mounted, read)
+    assert opened.pop(("open", "native")) == len(FILES)
+    assert opened.pop(("release", "native")) in range(len(FILES) - 8, len(FILES) + 9)  # nobody waits for them
+    assert opened == {}
+    listed = caused(mounted, listing)
+    assert listed.pop(("opendir", "python")) == len(DIRECTORIES)
+    assert set(listed) <= {("releasedir", "python")}
+    assert caused(mounted, xattrs) == {("listxattr", "native"): len(FILES)}
+
+
+def test_a_cold_tree(mounted: Layerfs) -> None:
+    """Python is asked once for each directory, whatever is in it."""
+
+    def fresh() -> dict[tuple[str, str], int]:
+        mounted.remount()
+        return _caused_once(mounted, lambda: [os.lstat(mounted.mnt / name) for name in FILES + LINKS])
+
+    cold = undisturbed(fresh)
+    python = {kind: count for (kind, who), count in cold.items() if who == "python"}
+    assert set(python) == {"lookup"}
+    assert python["lookup"] <= len(DIRECTORIES) + 1
+    assert cold["lookup", "native"] >= len(FILES + LINKS) - len(DIRECTORIES)
+
+
+def test_absent_names(mounted: Layerfs) -> None:
+    numbers = itertools.count()
+
+    def look() -> None:
+        number = next(numbers)
+        for directory in DIRECTORIES:
+            for at in range(50):
+                assert not os.path.lexists(mounted.mnt / directory / f"no{number}-{at}")
+
+    assert caused(mounted, look) == {("lookup", "native"): 500}
+    same = [mounted.mnt / f"{directory}/none" for directory in DIRECTORIES]
+    assert caused(mounted, lambda: [os.path.lexists(name) for name in same]) == {}
+
+
+def test_small_files_are_made(mounted: Layerfs) -> None:
+    """CREATE and RELEASE alone are Python's."""
+    os.mkdir(mounted.mnt / "new")
+    numbers = itertools.count()
+
+    def create() -> None:
+        number = next(numbers)
+        for at in range(100):
+            fd = os.open(mounted.mnt / f"new/f{number}-{at}", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            os.write(fd, b"x" * 100)
+            os.close(fd)
+
+    made = caused(mounted, create)
+    python = {kind: count for (kind, who), count in made.items() if who == "python"}
+    assert python.pop("create") == 100
+    assert python.pop("release") in range(92, 109)  # nobody waits for them
+    assert python == {}
+    assert made["write", "native"] == 100
