@@ -70,6 +70,7 @@ struct directory {
 	struct home *homes;
 	uint32_t count, capacity, mask, text_used, text_capacity, home_count;
 	uint32_t changes; /* names retracted so far */
+	uint32_t published; /* names it had at first */
 	uint32_t known; /* objects the kernel has by names of this directory, from the gate */
 	bool let_go;    /* Python would let go of it when `known` is 0 */
 };
@@ -114,8 +115,8 @@ int64_t facts_find(const struct facts *facts, const struct directory *directory,
  * fuse_add_dirent_to_cache), and goes on in it, by offset, for those who began with another one.
  */
 uint64_t facts_offset(const struct directory *directory, uint32_t position);
-/* The name means something else from now on, or nothing: Python is asked. False: no memory, the directory must be
- * forgotten. */
+/* The name means something else from now on, or nothing: Python is asked. False: no memory, or so many names have come and
+ * gone that keeping them is not worth it; the directory must be forgotten. */
 bool facts_retract(struct facts *facts, struct directory *directory, const char *name, size_t length);
 
 /* Whether the object has no xattrs at all. */

@@ -12,6 +12,8 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
+/* Names that may come to a directory after it was published: each is kept, as the offsets of listings count them. */
+#define NEW_NAMES_MAX 65536
 /* Real inode numbers that fit below the number of the layer (inodes/numbers.py). */
 #define REAL_MAX ((UINT64_C(1) << 48) - 1)
 
@@ -233,6 +235,7 @@ bool facts_publish(struct facts *facts, struct directory *directory)
 		facts_discard(facts, directory);
 		return false;
 	}
+	directory->published = directory->count;
 	facts->bytes += size_of(directory);
 	facts->names += directory->count;
 	return true;
@@ -272,6 +275,8 @@ bool facts_retract(struct facts *facts, struct directory *directory, const char 
 		directory->names[found].kind = NAME_ASK;
 		return true;
 	}
+	if (!directory->known && directory->count - directory->published > NEW_NAMES_MAX)
+		return false;
 	if (!facts_name(facts, directory, text, length, NAME_ASK, 0, 0))
 		return false;
 	facts->bytes += size_of(directory) - before;

@@ -99,6 +99,8 @@ FUSE_OVERLAYFS: Final[dict[str, Decision]] = {
     "max_idle_threads": Decision(Verdict.IGNORED, "integer", "libfuse's, a matter of speed"),
 }
 
+#: Way of the bytes of files: whether it needs the gate.
+_DATA = {"python": False, "cached": True, "passthrough": True}
 _BOOLEAN = {"on": True, "off": False}
 #: Kernel: `follow` and `nofollow` differ from `off` only in reading; nothing new is written under any of
 #: them.
@@ -281,7 +283,7 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
     state = _Parsing()
     upper = work = None
     volatile = read_only = atime = False
-    redirect_dir = metacopy = userxattr = gate = None
+    redirect_dir = metacopy = userxattr = gate = data = None
     for option in (option for text in strings for option in split_options(text)):
         name, equals, raw = option.partition("=")
         value = raw if equals else None
@@ -299,6 +301,10 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
             volatile = True
         elif name == "gate":
             gate = _choice(name, value, _BOOLEAN)
+        elif name == "data":
+            data = _choice(name, value, _DATA)
+            if value == "passthrough":
+                raise UsageError("option data=passthrough: this version has no passthrough; use data=cached")
         elif name == "redirect_dir":
             redirect_dir = _choice(name, value, _REDIRECT)
         elif name == "metacopy":
@@ -314,9 +320,6 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
                 raise UsageError(
                     "option verity: fs-verity digests are not checked; leave it out or say verity=off"
                 )
-        elif name == "data":
-            if value != "python":
-                raise UsageError(f"option data={value or ''}: only data=python can be had without the gate")
         elif name in ("uidmapping", "gidmapping"):
             getattr(state, name[:3]).ranges = parse_ranges(name, value or "")
         elif name in ("squash_to_uid", "squash_to_gid"):
@@ -342,6 +345,8 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
             state.of_fuse_overlayfs(option)
         else:
             state.unknown.append(option)
+    if None not in (gate, data) and gate is not data:
+        raise UsageError("options gate and data: data=python is without the gate, data=cached with it")
     return MountOptions(
         lowers=tuple(state.lowers),
         upper=upper,
@@ -355,7 +360,7 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
         xattr_permissions=state.xattr_permissions,
         xattrs=state.xattrs,
         acl=state.acl,
-        gate=gate,
+        gate=gate if data is None else data,
         fuse=tuple(state.fuse.values()),
         atime=atime,
         ineffective=tuple(state.ineffective),

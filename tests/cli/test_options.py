@@ -124,7 +124,9 @@ def test_what_podman_says() -> None:
         "plugins=/usr/lib/plugin.so",
         "verity=require",
         "data=passthrough",
-        "data=cached",
+        "gate=off,data=cached",
+        "gate=on,data=python",
+        "gate=1",
         "datadir+=/a",
         "remount",
     ],
@@ -154,7 +156,6 @@ def test_unknown(text: str) -> None:
         "uuid=null",
         "xattr_permissions=0",
         "verity=off",
-        "data=python",
         "rw",
     ],
 )
@@ -245,3 +246,17 @@ def test_labels_go_to_kernels_that_know_them() -> None:
     text = 'context="u:r:t:s0:c1,c2"'
     assert r'context="u:r:t:s0:c1\,c2"' in options_for(text, labels=True)
     assert not any(option.startswith("context") for option in options_for(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "gate"),
+    [
+        ("", None),
+        ("gate=on", True),
+        ("gate=off", False),
+        ("data=python", False),
+        ("data=cached,gate=on", True),
+    ],
+)
+def test_the_gate(text: str, gate: bool | None) -> None:
+    assert parse_options([text]).gate is gate
