@@ -498,6 +498,8 @@ static enum verdict open_file(struct gate *gate, const struct fuse_in_header *in
 		return PASSED;
 	if (!facts_stat(&gate->facts, known->directory, known->name, &st) || !S_ISREG(st.st_mode))
 		return PASSED;
+	if (gate->lent.used + gate->files.open >= gate->files.limit)
+		return PASSED;
 	if ((home = place_of(gate, known, text)) < 0)
 		return PASSED;
 	fd = openat(home, text, flags | O_NOATIME);

@@ -14,10 +14,20 @@ from tests.gate.pair import Pair
 @pytest.fixture(scope="session")
 def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The driver's program."""
-    compiler = driver.compiler()
-    if compiler is None:
+    return driver.build(tmp_path_factory.mktemp("gate") / "driver", _compiler())
+
+
+@pytest.fixture(scope="session")
+def plain_core(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without sanitizers: it takes the memory that it takes in a mount."""
+    return driver.build(tmp_path_factory.mktemp("gate") / "plain", _compiler(), ("-O2",))
+
+
+def _compiler() -> str:
+    found = driver.compiler()
+    if found is None:
         pytest.skip("no C compiler here ($CC, gcc)")
-    return driver.build(tmp_path_factory.mktemp("gate") / "driver", compiler)
+    return found
 
 
 @pytest.fixture

@@ -12,14 +12,18 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fuse.h>
+#include <malloc.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define FRAME_MAX (1 << 20)
+/* Half a million names to publish. */
+#define COMMAND_MAX (32 << 20)
 /* Milliseconds that a reader's thread may take. */
 #define PATIENCE 10000
 
@@ -29,7 +33,7 @@ static int layers[64], layer_count;
 
 /* -- what came in, what goes out ------------------------------------------------------------------------------------ */
 
-static uint8_t in[FRAME_MAX], out[4 * FRAME_MAX];
+static uint8_t in[COMMAND_MAX], out[4 * FRAME_MAX];
 static size_t in_size, in_at, out_size;
 
 static void fail(const char *why)
@@ -222,6 +226,7 @@ static void command(void)
 	uint8_t letter = (uint8_t)number(1);
 	struct directory *directory;
 	struct known *known;
+	struct told *told;
 	int64_t position;
 	uint64_t id;
 	char *path;
@@ -260,11 +265,45 @@ static void command(void)
 		position = position_in(directory);
 		put_number(position < 0 ? 0 : facts_adopt(&gate.facts, directory, (uint32_t)position), 8);
 		break;
-	case 'B': /* id, name: give back */
+	case 'B': /* id, name, kind u8: give back */
 		directory = facts_directory(&gate.facts, number(8));
 		position = position_in(directory);
 		if (position >= 0)
-			facts_give_back(directory, (uint32_t)position, NAME_PLAIN);
+			facts_give_back(directory, (uint32_t)position, (uint8_t)number(1));
+		break;
+	case 'T': /* id, path: its attributes are told */
+		id = number(8);
+		path = path_operand();
+		told = gate_tell(&gate, id);
+		told->has_attributes = !lstat(path, &told->attributes);
+		free(path);
+		break;
+	case 'Q': /* id: it has no capability */
+		gate_tell(&gate, number(8))->no_capability = true;
+		break;
+	case 'V': /* id: nothing is told of it */
+		gate_untell(&gate, number(8));
+		break;
+	case 'E': /* handle, writes u8, path: lend. u8: done */
+		id = number(8);
+		{
+			bool writes = number(1);
+
+			path = path_operand();
+			fd = open(path, O_RDWR | O_CLOEXEC);
+			free(path);
+			put_number(gate_lend(&gate, id, fd, writes), 1);
+			close(fd);
+		}
+		break;
+	case 'Y': /* handle: take back */
+		gate_take_back(&gate, number(8));
+		break;
+	case 'W': /* u8: whether writes are held */
+		gate.holds_writes = number(1);
+		break;
+	case 'O': /* flags u64: what INIT offered, and what was asked for */
+		gate.init_flags = gate.extra_init_flags = number(8);
 		break;
 	case 'C': /* id: claim */
 		map_put(&gate.facts.claimed, number(8), NULL);
@@ -307,8 +346,8 @@ static void command(void)
 		     replies, each u32 + bytes, u32 directories let go of, u64 each */
 		frame();
 		break;
-	case 'N': /* u64 each: names, bytes, known, claimed, open files, listings, slots of `known`, 64 natively, 64
-		     passed */
+	case 'N': /* u64 each: names, bytes, known, claimed, open files, listings, slots of `known`, bytes taken from
+		     malloc (0 under ASan), 64 natively, 64 passed */
 		put_number(gate.facts.names, 8);
 		put_number(gate.facts.bytes, 8);
 		put_number(gate.facts.known.used, 8);
@@ -316,6 +355,11 @@ static void command(void)
 		put_number(gate.files.open, 8);
 		put_number(gate.listings.used, 8);
 		put_number(gate.facts.known.slots ? gate.facts.known.mask + 1 : 0, 8);
+		{
+			struct mallinfo2 info = mallinfo2();
+
+			put_number(info.uordblks + info.hblkhd, 8);
+		}
 		put(gate.natively, sizeof(gate.natively));
 		put(gate.passed, sizeof(gate.passed));
 		break;

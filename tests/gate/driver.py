@@ -22,10 +22,10 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CC", "gcc"))
 
 
-def build(to: Path, compile: str) -> Path:
-    """Compiles the driver. Raises CalledProcessError."""
+def build(to: Path, compile: str, how: tuple[str, ...] = SANITIZERS) -> Path:
+    """Compiles the driver."""
     sources = [Path(__file__).with_name("driver.c"), *(SOURCES / name for name in CORE)]
-    flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", *SANITIZERS, f"-I{SOURCES}"]
+    flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", *how, f"-I{SOURCES}"]
     done = subprocess.run(
         [compile, *flags, *map(str, sources), "-o", str(to), "-lpthread"], capture_output=True, text=True
     )
@@ -43,6 +43,8 @@ class Counts:
     listings: int
     #: slots of the table of known objects
     slots: int
+    #: bytes that the process has from malloc; 0 under ASan
+    taken: int
     natively: dict[int, int]
     passed: dict[int, int]
 
@@ -103,8 +105,8 @@ class Driver:
         parts = [struct.pack("<QHI", id, len(homes), len(names))]
         parts += [struct.pack("<BQ", home.layer, home.base) + _string(home.path) for home in homes]
         for name, plain in names.items():
-            home, real = plain or (0, 0)
-            parts.append(struct.pack("<BHQ", plain is not None, home, real) + _string(name))
+            home, real = (plain.home, plain.real) if plain else (0, 0)
+            parts.append(struct.pack("<BHQ", _kind(plain), home, real) + _string(name))
         assert self._do(b"P", b"".join(parts)) == b"\1"
 
     def forget_directory(self, id: int) -> None:
@@ -116,8 +118,31 @@ class Driver:
     def adopt(self, id: int, name: bytes) -> int:
         return _number(self._do(b"A", _named(id, name)))
 
-    def give_back(self, id: int, name: bytes) -> None:
-        self._do(b"B", _named(id, name))
+    def give_back(self, id: int, name: bytes, plain: Plain | None) -> None:
+        self._do(b"B", _named(id, name) + bytes([_kind(plain)]))
+
+    def tell_attributes(self, node: int, path: str) -> None:
+        """Those of the object at `path`."""
+        self._do(b"T", struct.pack("<Q", node) + _string(os.fsencode(path)))
+
+    def tell_no_capability(self, node: int) -> None:
+        self._do(b"Q", struct.pack("<Q", node))
+
+    def untell(self, node: int) -> None:
+        self._do(b"V", struct.pack("<Q", node))
+
+    def lend(self, handle: int, path: str, writes: bool) -> bool:
+        return self._do(b"E", struct.pack("<QB", handle, writes) + _string(os.fsencode(path))) == b"\1"
+
+    def take_back(self, handle: int) -> None:
+        self._do(b"Y", struct.pack("<Q", handle))
+
+    def hold_writes(self, held: bool) -> None:
+        self._do(b"W", bytes([held]))
+
+    def init_flags(self, flags: int) -> None:
+        """What INIT offered, and what was asked for."""
+        self._do(b"O", struct.pack("<Q", flags))
 
     def claim(self, node: int) -> None:
         self._do(b"C", struct.pack("<Q", node))
@@ -145,10 +170,11 @@ class Driver:
         self._do(b"G", struct.pack("<B", not arrive))
 
     def counts(self) -> Counts:
-        numbers = struct.unpack("<135Q", self._do(b"N"))
-        natively, passed = numbers[7:71], numbers[71:]
-        names, size, known, claimed, opened, listings, slots = numbers[:7]
-        return Counts(names, size, known, claimed, opened, listings, slots, _some(natively), _some(passed))
+        numbers = struct.unpack("<136Q", self._do(b"N"))
+        natively, passed = numbers[8:72], numbers[72:]
+        names, size, known, claimed, opened, listings, slots, taken = numbers[:8]
+        some = _some(natively), _some(passed)
+        return Counts(names, size, known, claimed, opened, listings, slots, taken, *some)
 
     # -- frames -----------------------------------------------------------------------------------
 
@@ -173,6 +199,10 @@ def _string(text: bytes) -> bytes:
 
 def _named(id: int, name: bytes) -> bytes:
     return struct.pack("<Q", id) + _string(name)
+
+
+def _kind(plain: Plain | None) -> int:
+    return 0 if plain is None else 2 if plain.directory else 1
 
 
 def _number(raw: bytes | memoryview) -> int:

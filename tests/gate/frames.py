@@ -27,6 +27,9 @@ OPEN_OUT = struct.Struct("<QIi")
 READ_IN = struct.Struct("<QQIIQII")
 RELEASE_IN = struct.Struct("<QIIQ")
 LSEEK_IN = struct.Struct("<QQII")
+WRITE_IN = struct.Struct("<QQIIQII")
+WRITE_OUT = struct.Struct("<II")
+IOCTL_IN = struct.Struct("<QIIQII")
 LSEEK_OUT = struct.Struct("<Q")
 ATTR = struct.Struct("<6Q10I")
 ENTRY_OUT = struct.Struct("<QQQQII")  # and ATTR
@@ -39,6 +42,10 @@ INIT_OUT = struct.Struct("<IIIIHHIIHHII24x")
 FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_CACHE_DIR = 1 << 3
 INIT_EXT = 1 << 30
+HANDLE_KILLPRIV_V2 = 1 << 28
+WRITE_KILL_SUIDGID = 1 << 2
+#: ioctls for flags and attributes of inodes (linux/fs.h): get and set, 64 and 32 bits wide.
+INODE_IOCTLS = (0x80086601, 0x40086602, 0x80046601, 0x40046602, 0x801C581F, 0x401C5820)
 #: Seconds: as long as the kernel can remember.
 FOR_EVER = 100_000_000
 
@@ -86,6 +93,14 @@ def read(node: int, handle: int, offset: int, size: int, opcode: int = READ) -> 
 
 def readdirplus(node: int, handle: int, offset: int, size: int = 4096) -> bytes:
     return read(node, handle, offset, size, READDIRPLUS)
+
+
+def write(node: int, handle: int, offset: int, data: bytes, *, flags: int = 0) -> bytes:
+    return frame(WRITE, node, WRITE_IN.pack(handle, offset & _64, len(data), flags, 0, 0, 0) + data)
+
+
+def ioctl(node: int, handle: int, command: int) -> bytes:
+    return frame(IOCTL, node, IOCTL_IN.pack(handle, 0, command, 0, 0, 0))
 
 
 def release(node: int, handle: int, opcode: int = RELEASE) -> bytes:
@@ -154,9 +169,3 @@ def names_of(payload: bytes) -> list[bytes]:
         found.append(payload[at : at + length])
         at += length + -length % 8
     return found
-
-
-#: struct fuse_ioctl_in: handle, flags, command, argument, sizes.
-IOCTL_IN = struct.Struct("=QIIQII")
-#: linux/fs.h: FS_IOC_GETFLAGS and SETFLAGS, of 64 and 32 bits, FSGETXATTR and FSSETXATTR.
-FLAGS = (0x80086601, 0x40086602, 0x80046601, 0x40046602, 0x801C581F, 0x401C5820)

@@ -17,6 +17,7 @@
 #include <dirent.h>
 #include <linux/openat2.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 
 #define ROOT 1
@@ -25,10 +26,12 @@
 #define NAMES 32
 #define BUFFER (1 << 20)
 
-static int layer, device, kernel;
+#define LENT 6
+
+static int layer, device, kernel, backing;
 static char names[NAMES][256];
 static uint64_t reals[NAMES];
-static bool plain[NAMES];
+static uint8_t kinds[NAMES];
 static unsigned count;
 static struct gate gate;
 
@@ -67,9 +70,12 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 			continue;
 		strncpy(names[count], entry->d_name, sizeof(names[count]) - 1);
 		reals[count] = entry->d_ino;
-		plain[count++] = entry->d_type != DT_DIR && strncmp(entry->d_name, "asked", 5) != 0;
+		kinds[count++] = strncmp(entry->d_name, "asked", 5) == 0 ? NAME_ASK
+				 : entry->d_type == DT_DIR	   ? NAME_PLAIN_DIRECTORY
+							   : NAME_PLAIN;
 	}
 	closedir(listing);
+	backing = memfd_create("backing", MFD_CLOEXEC);
 	device = pair[0];
 	kernel = pair[1];
 	setsockopt(device, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
@@ -95,7 +101,7 @@ static void begin(uint8_t options)
 	directory = facts_prepare(&gate.facts, ROOT, count, 1);
 	facts_home(directory, layer, "", 0, BASE);
 	for (uint32_t at = 0; at < count; at++) {
-		facts_name(&gate.facts, directory, names[at], strlen(names[at]), plain[at], 0, reals[at]);
+		facts_name(&gate.facts, directory, names[at], strlen(names[at]), kinds[at], 0, reals[at]);
 		order[at] = at;
 	}
 	facts_publish(&gate.facts, directory);
@@ -193,7 +199,7 @@ static void change(uint8_t what, uint8_t which)
 	int64_t position = facts_find(&gate.facts, directory, name, strlen(name));
 	char fresh[] = {'n', (char)('a' + which % 26), '\0'};
 
-	switch (what % 5) {
+	switch (what % 9) {
 	case 0:
 		facts_adopt(&gate.facts, directory, (uint32_t)position);
 		break;
@@ -202,7 +208,7 @@ static void change(uint8_t what, uint8_t which)
 		facts_retract(&gate.facts, directory, name, strlen(name));
 		break;
 	case 2:
-		facts_give_back(directory, (uint32_t)position, NAME_PLAIN);
+		facts_give_back(directory, (uint32_t)position, kinds[which % count]);
 		break;
 	case 3:
 		facts_retract(&gate.facts, directory, fresh, strlen(fresh));
@@ -210,6 +216,23 @@ static void change(uint8_t what, uint8_t which)
 	case 4:
 		if (directory->known)
 			directory->let_go = true;
+		break;
+	case 5:
+		gate_lend(&gate, LENT, backing, which & 1);
+		gate.holds_writes = which & 2;
+		break;
+	case 6:
+		gate_take_back(&gate, LENT);
+		break;
+	case 7: {
+		struct told *told = gate_tell(&gate, BASE | reals[which % count]);
+
+		told->has_attributes = which & 1;
+		told->no_capability = which & 2;
+		break;
+	}
+	case 8:
+		gate_untell(&gate, BASE | reals[which % count]);
 		break;
 	}
 }

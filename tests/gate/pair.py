@@ -55,8 +55,8 @@ class Pair:
         names: dict[bytes, Plain | None] = {}
         with os.scandir(os.fsencode(self.layers[0] / path)) as found:
             for each in sorted(found, key=lambda each: each.name):
-                plain = not each.is_dir(follow_symlinks=False) and each.name not in asked
-                names[each.name] = Plain(0, each.inode()) if plain else None
+                plain = Plain(0, each.inode(), each.is_dir(follow_symlinks=False))
+                names[each.name] = None if each.name in asked else plain
         return names
 
     def publish_names(self, id: int, homes: list[Home], names: dict[bytes, Plain | None]) -> None:
@@ -78,8 +78,41 @@ class Pair:
         return lookups
 
     def give_back(self, id: int, name: bytes) -> None:
-        self.core.give_back(id, name)
+        directory = self.twin.directories.get(id)
+        found = directory.names.get(name) if directory else None
+        self.core.give_back(id, name, found.plain if found else None)
         self.twin.give_back(id, name)
+
+    def tell_attributes(self, node: int, path: str) -> None:
+        self.core.tell_attributes(node, path)
+        self.twin.told[node] = os.lstat(path)
+
+    def tell_no_capability(self, node: int) -> None:
+        self.core.tell_no_capability(node)
+        self.twin.no_capability.add(node)
+
+    def untell(self, node: int) -> None:
+        self.core.untell(node)
+        self.twin.told.pop(node, None)
+        self.twin.no_capability.discard(node)
+
+    def lend(self, handle: int, path: str, writes: bool) -> bool:
+        lent = self.twin.lend(handle, path, writes)
+        assert self.core.lend(handle, path, writes) == lent
+        return lent
+
+    def take_back(self, handle: int) -> None:
+        self.core.take_back(handle)
+        self.twin.take_back(handle)
+
+    def hold_writes(self, held: bool) -> None:
+        self.core.hold_writes(held)
+        self.twin.writes_held = held
+
+    def init_flags(self, flags: int) -> None:
+        """What INIT offered, and what was asked for."""
+        self.core.init_flags(flags)
+        self.twin.init_flags = flags
 
     def claim(self, node: int) -> None:
         self.core.claim(node)

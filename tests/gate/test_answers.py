@@ -7,7 +7,6 @@ import os
 import socket
 import stat
 import struct
-import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 
 from tests.gate import frames as f
 from tests.gate.pair import LISTS_ROOT, ROOT, Pair
-from tests.gate.twin import NATIVE, READ_MAX, Answer, Home, Plain, Verdict
+from tests.gate.twin import KEEPS_SETID, NATIVE, READ_MAX, Answer, Home, Plain, Verdict
 
 BODY = f.OUT_HEADER.size
 
@@ -81,7 +80,7 @@ def open_file(pair: Pair, name: str) -> tuple[int, int]:
 # -- LOOKUP, FORGET, BATCH_FORGET ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["file", "link", "pipe", "socket", "marked"])
+@pytest.mark.parametrize("name", ["file", "link", "pipe", "socket", "marked", "directory"])
 def test_lookup_of_a_plain_name(tree: Pair, name: str) -> None:
     answer = payload(tree.feed(f.lookup(ROOT, name.encode())))
     assert answer == f.entry(os.lstat(tree.layers[0] / name), tree.node(name))
@@ -95,7 +94,7 @@ def test_lookup_of_an_absent_name_is_answered_for_ever(tree: Pair) -> None:
     assert tree.core.counts().known == 0
 
 
-@pytest.mark.parametrize("name", ["asked", "directory", "twice", ".", ".."])
+@pytest.mark.parametrize("name", ["asked", "twice", ".", ".."])
 def test_lookup_that_python_answers(tree: Pair, name: str) -> None:
     """Names that are not plain, hard-linked files, and what no file system here is asked for."""
     assert passed(tree.feed(f.lookup(ROOT, name.encode())))
@@ -298,6 +297,32 @@ def test_statfs(tree: Pair, make_pair: Callable[..., Pair]) -> None:
     assert passed(make_pair(statfs=None).feed(f.frame(f.STATFS, ROOT)))
 
 
+def test_attributes_that_python_told(tree: Pair) -> None:
+    path = tree.layers[0] / "directory"
+    tree.tell_attributes(ROOT, str(path))
+    answer = payload(tree.feed(f.getattr(ROOT)))
+    assert answer == f.ATTR_OUT.pack(f.FOR_EVER, 0, 0) + f.attributes(os.lstat(path), ROOT)
+    tree.untell(ROOT)
+    assert passed(tree.feed(f.getattr(ROOT)))
+
+
+def test_a_capability_that_is_not_there(tree: Pair) -> None:
+    tree.tell_no_capability(77)
+    assert error(tree.feed(f.getxattr(77, b"security.capability"))) == errno.ENODATA
+    for name in (b"security.capability2", b"security.cap", b"user.mark"):
+        assert passed(tree.feed(f.getxattr(77, name)))
+    assert passed(tree.feed(f.listxattr(77)))
+    assert passed(tree.feed(f.getxattr(78, b"security.capability")))
+    tree.untell(77)
+    assert passed(tree.feed(f.getxattr(77, b"security.capability")))
+
+
+def test_a_directory_with_xattrs_is_python_s(tree: Pair) -> None:
+    """A mark may say that it is opaque, or lies elsewhere."""
+    os.setxattr(tree.layers[0] / "directory", "user.mark", b"1")
+    assert passed(tree.feed(f.lookup(ROOT, b"directory")))
+
+
 # -- READDIRPLUS, RELEASEDIR ---------------------------------------------------------------------------
 
 
@@ -481,6 +506,65 @@ def test_fsync_of_a_lower_file_has_nothing_to_do(make_pair: Callable[..., Pair])
         assert answer.verdict is (Verdict.CARRIED if carries else Verdict.ANSWERED)
 
 
+# -- files that Python opened and lent --------------------------------------------------------------------
+
+
+@pytest.fixture
+def backing(tmp_path: Path) -> Path:
+    path = tmp_path / "backing"
+    path.write_text("in the upper")
+    return path
+
+
+def test_a_lent_file_is_read(tree: Pair, backing: Path) -> None:
+    assert passed(tree.feed(f.read(77, 9, 0, 100)))
+    assert tree.lend(9, str(backing), writes=False)
+    assert payload(tree.feed(f.read(77, 9, 3, 100))) == b"the upper"
+    assert passed(tree.feed(f.write(77, 9, 0, b"x")))
+    for passed_on in (f.fsync(77, 9), f.flush(77, 9), f.release(77, 9)):
+        assert passed(tree.feed(passed_on))
+    tree.take_back(9)
+    assert passed(tree.feed(f.read(77, 9, 0, 100)))
+
+
+def test_a_lent_file_is_written(tree: Pair, backing: Path) -> None:
+    tree.lend(9, str(backing), writes=True)
+    assert f.WRITE_OUT.unpack(payload(tree.feed(f.write(77, 9, 3, b"THE")))) == (3, 0)
+    assert backing.read_text() == "in THE upper"
+    assert payload(tree.feed(f.write(77, 9, 100, b"far"))) == f.WRITE_OUT.pack(3, 0)
+    assert backing.stat().st_size == 103
+    assert payload(tree.feed(f.write(77, 9, 0, bytes(64 << 10)))) == f.WRITE_OUT.pack(64 << 10, 0)
+
+
+def test_writes_that_are_python_s(tree: Pair, backing: Path) -> None:
+    tree.lend(9, str(backing), writes=True)
+    assert passed(tree.feed(f.write(77, 9, 0, bytes((64 << 10) + 1))))  # too long to do in between
+    assert passed(tree.feed(f.write(77, 9, -1, b"x")))
+    assert passed(tree.feed(f.write(77, 9, 0, b"cut")[:-1]))
+    tree.hold_writes(True)
+    assert passed(tree.feed(f.write(77, 9, 0, b"held")))
+    assert backing.read_text() == "in the upper"
+
+
+def test_a_write_of_one_who_may_keep_setuid_says_so_in_its_handle(tree: Pair) -> None:
+    """libfuse hands on no write_flags."""
+    plain = f.write(77, 9, 0, b"x")
+    assert tree.feed(plain).frame == plain
+    tree.init_flags(f.HANDLE_KILLPRIV_V2)
+    assert tree.feed(plain).frame == f.write(77, 9 | KEEPS_SETID, 0, b"x")
+    kills = f.write(77, 9, 0, b"x", flags=f.WRITE_KILL_SUIDGID)
+    assert tree.feed(kills).frame == kills
+
+
+def test_lent_files_count_among_the_open_ones(make_pair: Callable[..., Pair], backing: Path) -> None:
+    pair = lay_out(make_pair(descriptors=2))
+    node, _ = open_file(pair, "file")
+    assert pair.lend(9, str(backing), writes=False)
+    assert not pair.lend(10, str(backing), writes=False)
+    assert pair.lend(9, str(backing), writes=True)
+    assert passed(pair.feed(f.open(node)))
+
+
 # -- what is carried, what is passed -------------------------------------------------------------------
 
 CARRIED = (f.FALLOCATE, f.COPY_FILE_RANGE, f.TMPFILE, f.STATX, f.COPY_FILE_RANGE_64)
@@ -494,14 +578,15 @@ def test_what_pyfuse3_cannot_carry(make_pair: Callable[..., Pair], opcode: int) 
     assert error(make_pair(carries=False).feed(frame)) == errno.ENOSYS
 
 
-def test_ioctls(make_pair: Callable[..., Pair]) -> None:
-    """Flags of inodes are Python's; nothing else is known of a file, a terminal's settings least of all."""
-    pair = make_pair(carries=True)
-    for command in f.FLAGS:
-        frame = f.frame(f.IOCTL, ROOT, f.IOCTL_IN.pack(9, 0, command, 0, 4, 4))
-        assert pair.feed(frame) == Answer(Verdict.CARRIED, frame)
-    frame = f.frame(f.IOCTL, ROOT, f.IOCTL_IN.pack(9, 0, termios.TCGETS, 0, 0, 64))
-    assert error(pair.feed(frame)) == errno.ENOTTY
+@pytest.mark.parametrize("command", [*f.INODE_IOCTLS, 0x5401, 0, (1 << 32) - 1])
+def test_ioctl(make_pair: Callable[..., Pair], command: int) -> None:
+    """Flags and attributes of inodes are carried; nothing else is what a file has. 0x5401 asks whether it is
+    a terminal: every open() of Python's does."""
+    answer = make_pair(carries=True).feed(f.ioctl(ROOT, 9, command))
+    if command in f.INODE_IOCTLS:
+        assert answer.verdict is Verdict.CARRIED
+    else:
+        assert error(answer) == errno.ENOTTY
 
 
 def test_lseek_of_python_s_files_is_carried(make_pair: Callable[..., Pair]) -> None:
@@ -512,7 +597,7 @@ def test_lseek_of_python_s_files_is_carried(make_pair: Callable[..., Pair]) -> N
 
 NATIVE_OPCODES = {
     *(f.LOOKUP, f.FORGET, f.GETATTR, f.READLINK, f.OPEN, f.READ, f.STATFS, f.RELEASE, f.FSYNC, f.GETXATTR),
-    *(f.LISTXATTR, f.FLUSH, f.IOCTL, f.RELEASEDIR, f.BATCH_FORGET, f.READDIRPLUS, f.LSEEK),
+    *(f.LISTXATTR, f.FLUSH, f.RELEASEDIR, f.BATCH_FORGET, f.READDIRPLUS, f.LSEEK, f.WRITE, f.IOCTL),
 }
 
 

@@ -76,10 +76,12 @@ def _seeds() -> Iterator[bytes]:
     init = _step(0, f.frame(f.INIT, 0, f.INIT_IN.pack(7, 38, 0, (1 << 32) - 1, (1 << 32) - 1)))
     replied = _step(2, bytes([0, 0, 0xFF]) + bytes(f.INIT_OUT.size))
     opened = _made(f.OPENDIR, 99) + _step(2, bytes([1, 0, 0xFF]) + bytes(f.OPEN_OUT.size))
-    changes = b"".join(_step(3, bytes([what, which])) for what in range(5) for which in range(3))
+    changes = b"".join(_step(3, bytes([what, which])) for what in range(9) for which in range(4))
+    lent = _step(3, bytes([5, 1])) + _made(f.WRITE, 0, 2, struct.pack("<QIIQII", 0, 4, 0, 0, 0, 0) + b"data")
+    lent += _made(f.READ, 0, 2, read) + _made(f.IOCTL, 0, 2, f.IOCTL_IN.pack(0, 0, 0x5401, 0, 0, 0)[8:])
     forgets = _step(0, f.batch_forget((1 << 48 | 5, 1), (1, 1)))
     for options in (0, 1, 7):
-        yield bytes([options]) + lookups + looks + data + forgets
+        yield bytes([options]) + lookups + looks + data + lent + forgets
         yield bytes([options]) + init + replied + opened + listing + _made(f.RELEASEDIR, 99, 1)
         yield bytes([options]) + lookups + changes + lookups + looks + listing + changes
 

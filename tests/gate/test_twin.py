@@ -78,6 +78,7 @@ class Program(RuleBasedStateMachine):
             statfs="/proc" if statfs else None,
         )
         lay_out(self.pair.layers[0])
+        (self.base / "backing").touch()
         #: nodes of objects that nobody may have looked up
         self.unknown = [self.pair.node("file"), self.pair.node("a/link")]
         self.handles: list[int] = [NATIVE, NATIVE | 1, 9]
@@ -154,6 +155,29 @@ class Program(RuleBasedStateMachine):
     @rule(choose=st.integers(0, 99))
     def switch(self, choose: int) -> None:
         self.pair.switch(self.nodes(choose), str(self.pair.layers[0] / "big"))
+
+    @rule(choose=st.integers(0, 99), what=st.sampled_from(["attributes", "capability", "nothing"]))
+    def tell(self, choose: int, what: str) -> None:
+        node = self.nodes(choose) or 5
+        if what == "attributes":
+            self.pair.tell_attributes(node, str(self.base))
+        elif what == "capability":
+            self.pair.tell_no_capability(node)
+        else:
+            self.pair.untell(node)
+
+    @rule(handle=st.sampled_from([9, 10]), writes=st.booleans())
+    def lend(self, handle: int, writes: bool) -> None:
+        self.pair.lend(handle, str(self.base / "backing"), writes)
+
+    @rule(handle=st.sampled_from([9, 10]))
+    def take_back(self, handle: int) -> None:
+        self.pair.take_back(handle)
+
+    @rule(held=st.booleans(), flags=st.sampled_from([0, f.HANDLE_KILLPRIV_V2]))
+    def options(self, held: bool, flags: int) -> None:
+        self.pair.hold_writes(held)
+        self.pair.init_flags(flags)
 
     # -- what happens outside ---------------------------------------------------------------------
 
@@ -243,6 +267,24 @@ class Program(RuleBasedStateMachine):
     def on_handle(self, choose: int, which: int, opcode: int, whence: int) -> None:
         handle = self.handles[which % len(self.handles)]
         self.feed(f.frame(opcode, self.nodes(choose), f.LSEEK_IN.pack(handle, 10, whence, 0)))
+
+    @rule(
+        handle=st.sampled_from([9, 10, 11, NATIVE]),
+        offset=st.sampled_from([0, 7, 5000, -1]),
+        data=st.binary(max_size=40),
+        flags=st.sampled_from([0, f.WRITE_KILL_SUIDGID]),
+    )
+    def write(self, handle: int, offset: int, data: bytes, flags: int) -> None:
+        self.feed(f.write(ROOT, handle, offset, data, flags=flags))
+        self.feed(f.read(ROOT, handle, offset, 50))
+
+    @rule(choose=st.integers(0, 99), command=st.sampled_from([*f.INODE_IOCTLS, 0x5401]))
+    def ioctl(self, choose: int, command: int) -> None:
+        self.feed(f.ioctl(self.nodes(choose), 9, command))
+
+    @rule(choose=st.integers(0, 99))
+    def ask_for_capability(self, choose: int) -> None:
+        self.feed(f.getxattr(self.nodes(choose), b"security.capability"))
 
     @rule(opcode=OPCODES, choose=st.integers(0, 99), body=st.binary(max_size=80), cut=st.integers(0, 60))
     def garbage(self, opcode: int, choose: int, body: bytes, cut: int) -> None:

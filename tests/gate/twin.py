@@ -21,6 +21,9 @@ from tests.gate import frames as f
 NATIVE = 1 << 63
 LISTING_MAX = 256 << 10
 READ_MAX = 256 << 20
+WRITE_MAX = 64 << 10
+#: In the handle of a WRITE that is passed: setuid stays.
+KEEPS_SETID = 1 << 62
 _REAL_MASK = (1 << 48) - 1
 #: What pyfuse3 does not know.
 _UNCARRIED = {f.FALLOCATE, f.COPY_FILE_RANGE, f.TMPFILE, f.STATX, f.COPY_FILE_RANGE_64}
@@ -39,10 +42,11 @@ class Home(NamedTuple):
 
 
 class Plain(NamedTuple):
-    """What was published of a name: number of its home, real inode number."""
+    """What was published of a name: number of its home, real inode number, whether it is a directory."""
 
     home: int
     real: int
+    directory: bool = False
 
 
 @dataclass
@@ -113,12 +117,22 @@ class Twin:
         self.listings: dict[int, Listing] = {}
         self.open: dict[int, Opened] = {}
         self._vacant: list[int] = []
+        #: node -> attributes, as Python told them
+        self.told: dict[int, os.stat_result] = {}
+        self.no_capability: set[int] = set()
+        #: handle of Python's -> descriptor, whether it may be written
+        self.lent: dict[int, tuple[int, bool]] = {}
+        self.writes_held = False
+        #: what INIT offered and was asked for
+        self.init_flags = 0
         #: whether replies arrive
         self.plugged = True
 
     def close(self) -> None:
         for opened in self.open.values():
             os.close(opened.fd)
+        for fd, _ in self.lent.values():
+            os.close(fd)
 
     # -- facts ------------------------------------------------------------------------------------
 
@@ -185,6 +199,17 @@ class Twin:
         changes = self.directories[id].changes
         self.listings[handle] = Listing(id, parent, names, changes, handle not in self.listings)
 
+    def lend(self, handle: int, path: str, writes: bool) -> bool:
+        if handle not in self.lent and len(self.lent) + len(self.open) >= self.descriptors:
+            return False
+        self.take_back(handle)
+        self.lent[handle] = os.open(path, os.O_RDWR), writes
+        return True
+
+    def take_back(self, handle: int) -> None:
+        if handle in self.lent:
+            os.close(self.lent.pop(handle)[0])
+
     def switch(self, node: int, path: str) -> int:
         switched = [opened for opened in self.open.values() if opened.node == node]
         for opened in switched:
@@ -219,9 +244,21 @@ class Twin:
             st = os.lstat(self._way(directory, name))
         except OSError:
             raise _Ask from None
-        if st.st_ino != found.plain.real or st.st_nlink != 1 or stat.S_ISDIR(st.st_mode):
+        if st.st_ino != found.plain.real or stat.S_ISDIR(st.st_mode) != found.plain.directory:
+            raise _Ask
+        if found.plain.directory:
+            if not self._is_bare(directory, name):  # a mark may say that it lies elsewhere
+                raise _Ask
+        elif st.st_nlink != 1:
             raise _Ask
         return st
+
+    def _is_bare(self, directory: Directory, name: bytes) -> bool:
+        """Whether it has no xattrs."""
+        try:
+            return not os.listxattr(self._way(directory, name), follow_symlinks=False)
+        except OSError:
+            return False
 
     def _know(self, directory: Directory, name: bytes) -> int:
         """The node of a plain name, which the kernel is about to get. Raises _Ask."""
@@ -262,11 +299,6 @@ class Twin:
                 self._on_batch_forget(body, answer)
             elif opcode in _UNCARRIED:
                 answer.verdict = Verdict.CARRIED
-            elif opcode == f.IOCTL:
-                if f.IOCTL_IN.unpack_from(body)[2] in f.FLAGS:
-                    answer.verdict = Verdict.CARRIED
-                else:
-                    self._reply(answer, f.reply(unique, errno.ENOTTY))
             else:
                 self._on_request(opcode, node, body, unique, answer)
         except (_Ask, struct.error):
@@ -291,6 +323,8 @@ class Twin:
             f.READDIRPLUS: self._readdirplus,
             f.OPEN: self._open,
             f.READ: self._read,
+            f.WRITE: self._write,
+            f.IOCTL: self._ioctl,
             f.RELEASE: self._release,
             f.RELEASEDIR: self._releasedir,
             f.FSYNC: self._fsync,
@@ -359,6 +393,8 @@ class Twin:
         return self.known[node]
 
     def _getattr(self, node: int, body: bytes, answer: Answer) -> bytes:
+        if node in self.told and node not in self.known:
+            return f.ATTR_OUT.pack(f.FOR_EVER, 0, 0) + f.attributes(self.told[node], node)
         known = self._of(node)
         st = self._stat(known.directory, known.name)
         return f.ATTR_OUT.pack(f.FOR_EVER, 0, 0) + f.attributes(st, node)
@@ -376,14 +412,13 @@ class Twin:
         if not self.xattrs:
             raise _Ask
         known = self._of(node)
-        try:
-            if os.listxattr(self._way(known.directory, known.name), follow_symlinks=False):
-                raise _Ask
-        except OSError:
-            raise _Ask from None
+        if not self._is_bare(known.directory, known.name):
+            raise _Ask
         return int(size)
 
     def _getxattr(self, node: int, body: bytes, answer: Answer) -> bytes:
+        if node in self.no_capability and body[f.GETXATTR_IN.size :].startswith(b"security.capability\0"):
+            raise OSError(errno.ENODATA, "")
         self._without_xattrs(node, body)
         raise OSError(errno.ENODATA, "")
 
@@ -455,7 +490,7 @@ class Twin:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise _Ask
         st = self._stat(known.directory, known.name)
-        if not stat.S_ISREG(st.st_mode) or len(self.open) >= self.descriptors:
+        if not stat.S_ISREG(st.st_mode) or len(self.open) + len(self.lent) >= self.descriptors:
             raise _Ask
         way = self._way(known.directory, known.name)
         try:
@@ -483,10 +518,31 @@ class Twin:
 
     def _read(self, node: int, body: bytes, answer: Answer) -> bytes:
         handle, offset, size, *_ = f.READ_IN.unpack_from(body)
-        opened = self._opened(handle)
+        fd = self.lent[handle][0] if handle in self.lent else self._opened(handle).fd
         if size > READ_MAX or offset >= 1 << 63:
             raise OSError(errno.EINVAL, "")
-        return os.pread(opened.fd, size, offset)
+        return os.pread(fd, size, offset)
+
+    def _write(self, node: int, body: bytes, answer: Answer) -> bytes | None:
+        handle, offset, size, flags, *_ = f.WRITE_IN.unpack_from(body)
+        data = body[f.WRITE_IN.size :]
+        fd, writes = self.lent.get(handle, (-1, False))
+        if writes and not self.writes_held and size <= min(WRITE_MAX, len(data)) and offset < 1 << 63:
+            try:
+                if os.pwrite(fd, data[:size], offset) == size:
+                    return f.WRITE_OUT.pack(size, 0)
+            except OSError:
+                pass  # Python finds out, and remembers
+        if self.init_flags & f.HANDLE_KILLPRIV_V2 and not flags & f.WRITE_KILL_SUIDGID:
+            marked = struct.pack("<Q", handle | KEEPS_SETID)
+            answer.frame = answer.frame[: f.IN_HEADER.size] + marked + body[8:]
+        return None
+
+    def _ioctl(self, node: int, body: bytes, answer: Answer) -> None:
+        _, _, command, *_ = f.IOCTL_IN.unpack_from(body)
+        if command not in f.INODE_IOCTLS:
+            raise OSError(errno.ENOTTY, "")
+        answer.verdict = Verdict.CARRIED
 
     def _release(self, node: int, body: bytes, answer: Answer) -> bytes:
         handle, *_ = f.RELEASE_IN.unpack_from(body)
