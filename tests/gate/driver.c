@@ -7,7 +7,7 @@
  * The device is one end of a SOCK_SEQPACKET socketpair: each reply is one packet.
  */
 #define _GNU_SOURCE
-#include "core.h"
+#include "hook.c"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -221,6 +221,32 @@ static void frame(void)
 	put(let_go, let_go_count * sizeof(*let_go));
 }
 
+/* As the hook has no Python here. */
+ssize_t hook_receive_unlocked(struct gate *which, int device, void *buffer, size_t size)
+{
+	return hook_receive(which, device, buffer, size);
+}
+
+static void libfuse_replies(void)
+{
+	struct fuse_out_header header = {.unique = 7};
+	uint32_t opcode = (uint32_t)number(4);
+	size_t length = in_size - in_at;
+	uint8_t *payload = malloc(length ? length : 1);
+	struct iovec parts[2] = {{&header, sizeof(header)}, {payload, length}};
+	static uint8_t packet[FRAME_MAX];
+	ssize_t got;
+
+	memcpy(payload, take(length), length);
+	header.len = (uint32_t)(sizeof(header) + length);
+	map_put(&gate.asked, header.unique, (void *)(uintptr_t)opcode);
+	hook_arm(&gate);
+	if (send_reply(gate.device, parts, 2, NULL) < 0 || (got = recv(kernel, packet, sizeof(packet), 0)) < 0)
+		fail("no reply");
+	put(packet, (size_t)got);
+	free(payload);
+}
+
 static void command(void)
 {
 	uint8_t letter = (uint8_t)number(1);
@@ -302,8 +328,12 @@ static void command(void)
 	case 'W': /* u8: whether writes are held */
 		gate.holds_writes = number(1);
 		break;
-	case 'O': /* flags u64: what INIT offered, and what was asked for */
-		gate.init_flags = gate.extra_init_flags = number(8);
+	case 'O': /* two flags u64: what INIT offered, what is asked for */
+		gate.init_flags = number(8);
+		gate.extra_init_flags = number(8);
+		break;
+	case 'Z': /* opcode u32, the rest: libfuse's payload for it. The packet that goes out */
+		libfuse_replies();
 		break;
 	case 'C': /* id: claim */
 		map_put(&gate.facts.claimed, number(8), NULL);

@@ -27,7 +27,9 @@ def build(to: Path, compile: str, how: tuple[str, ...] = SANITIZERS) -> Path:
     sources = [Path(__file__).with_name("driver.c"), *(SOURCES / name for name in CORE)]
     flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", *how, f"-I{SOURCES}"]
     done = subprocess.run(
-        [compile, *flags, *map(str, sources), "-o", str(to), "-lpthread"], capture_output=True, text=True
+        [compile, *flags, *map(str, sources), "-o", str(to), "-lpthread", "-ldl"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return to
@@ -140,9 +142,13 @@ class Driver:
     def hold_writes(self, held: bool) -> None:
         self._do(b"W", bytes([held]))
 
-    def init_flags(self, flags: int) -> None:
-        """What INIT offered, and what was asked for."""
-        self._do(b"O", struct.pack("<Q", flags))
+    def init_flags(self, offered: int, wanted: int) -> None:
+        """What the kernel offered, and what is asked for."""
+        self._do(b"O", struct.pack("<QQ", offered, wanted))
+
+    def libfuse_replies(self, opcode: int, payload: bytes) -> bytes:
+        """The packet that goes out."""
+        return self._do(b"Z", struct.pack("<I", opcode) + payload)
 
     def claim(self, node: int) -> None:
         self._do(b"C", struct.pack("<Q", node))

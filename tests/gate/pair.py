@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tests.gate import frames as f
 from tests.gate.driver import Driver
 from tests.gate.twin import Answer, Home, Plain, Twin
 
@@ -109,10 +110,16 @@ class Pair:
         self.core.hold_writes(held)
         self.twin.writes_held = held
 
-    def init_flags(self, flags: int) -> None:
-        """What INIT offered, and what was asked for."""
-        self.core.init_flags(flags)
-        self.twin.init_flags = flags
+    def init_flags(self, offered: int, wanted: int) -> None:
+        """What the kernel offered, and what is asked for."""
+        self.core.init_flags(offered, wanted)
+        self.twin.offered, self.twin.wanted = offered, wanted
+
+    def libfuse_replies(self, opcode: int, payload: bytes) -> bytes:
+        """What of it goes out."""
+        packet = self.twin.libfuse_replies(opcode, payload)
+        assert self.core.libfuse_replies(opcode, payload) == packet
+        return packet[f.OUT_HEADER.size :]
 
     def claim(self, node: int) -> None:
         self.core.claim(node)

@@ -550,7 +550,7 @@ def test_a_write_of_one_who_may_keep_setuid_says_so_in_its_handle(tree: Pair) ->
     """libfuse hands on no write_flags."""
     plain = f.write(77, 9, 0, b"x")
     assert tree.feed(plain).frame == plain
-    tree.init_flags(f.HANDLE_KILLPRIV_V2)
+    tree.init_flags(f.HANDLE_KILLPRIV_V2, f.HANDLE_KILLPRIV_V2)
     assert tree.feed(plain).frame == f.write(77, 9 | KEEPS_SETID, 0, b"x")
     kills = f.write(77, 9, 0, b"x", flags=f.WRITE_KILL_SUIDGID)
     assert tree.feed(kills).frame == kills
@@ -563,6 +563,44 @@ def test_lent_files_count_among_the_open_ones(make_pair: Callable[..., Pair], ba
     assert not pair.lend(10, str(backing), writes=False)
     assert pair.lend(9, str(backing), writes=True)
     assert passed(pair.feed(f.open(node)))
+
+
+# -- replies of libfuse ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("behind", [b"", b"of a later version"], ids=["", "longer"])
+def test_init_is_answered_with_more_flags(tree: Pair, behind: bytes) -> None:
+    asked = 1 << 23 | 1 << 6 | 1 << 37
+    tree.init_flags(offered=1 << 23 | 1 << 37 | 1 << 3, wanted=asked)
+    libfuse = f.INIT_OUT.pack(7, 38, 0, 1 << 5, 12, 9, 1 << 20, 1, 256, 0, 1 << 2, 0)
+    wanted = f.INIT_OUT.pack(
+        7, 38, 0, 1 << 5 | 1 << 23 | f.INIT_EXT, 12, 9, 1 << 20, 1, 256, 0, 1 << 2 | 1 << 5, 0
+    )
+    assert tree.libfuse_replies(f.INIT, libfuse + behind) == wanted + behind
+
+
+def test_init_of_a_kernel_without_those_flags(tree: Pair) -> None:
+    tree.init_flags(offered=1 << 3, wanted=1 << 23 | 1 << 37)
+    libfuse = f.INIT_OUT.pack(7, 30, 0, 1 << 5, 12, 9, 1 << 20, 1, 256, 0, 0, 0)
+    assert tree.libfuse_replies(f.INIT, libfuse) == libfuse
+
+
+def test_the_kernel_keeps_what_the_gate_lists(tree: Pair) -> None:
+    tree.list_names(LISTS_ROOT, ROOT, [b"file"])
+    kept = f.OPEN_OUT.pack(LISTS_ROOT, f.FOPEN_CACHE_DIR | f.FOPEN_KEEP_CACHE, 0)
+    assert tree.libfuse_replies(f.OPENDIR, f.OPEN_OUT.pack(LISTS_ROOT, 0, 0)) == kept
+    other = f.OPEN_OUT.pack(6, 0, 0)
+    assert tree.libfuse_replies(f.OPENDIR, other) == other
+
+
+def test_other_replies_stay_as_they_are(tree: Pair) -> None:
+    tree.list_names(LISTS_ROOT, ROOT, [b"file"])
+    for opcode, payload in (
+        (f.OPEN, f.OPEN_OUT.pack(LISTS_ROOT, 0, 0)),
+        (f.INIT, b"short"),
+        (f.READ, bytes(64)),
+    ):
+        assert tree.libfuse_replies(opcode, payload) == payload
 
 
 # -- what is carried, what is passed -------------------------------------------------------------------

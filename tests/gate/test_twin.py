@@ -177,7 +177,7 @@ class Program(RuleBasedStateMachine):
     @rule(held=st.booleans(), flags=st.sampled_from([0, f.HANDLE_KILLPRIV_V2]))
     def options(self, held: bool, flags: int) -> None:
         self.pair.hold_writes(held)
-        self.pair.init_flags(flags)
+        self.pair.init_flags(flags, f.HANDLE_KILLPRIV_V2)
 
     # -- what happens outside ---------------------------------------------------------------------
 
@@ -285,6 +285,15 @@ class Program(RuleBasedStateMachine):
     @rule(choose=st.integers(0, 99))
     def ask_for_capability(self, choose: int) -> None:
         self.feed(f.getxattr(self.nodes(choose), b"security.capability"))
+
+    @rule(
+        opcode=st.sampled_from([f.INIT, f.OPENDIR, f.OPEN]),
+        payload=st.binary(max_size=90),
+        handle=DIRECTORIES,
+    )
+    def reply(self, opcode: int, payload: bytes, handle: int) -> None:
+        self.pair.libfuse_replies(opcode, payload)
+        self.pair.libfuse_replies(opcode, f.OPEN_OUT.pack(handle % 10, 0, 0))
 
     @rule(opcode=OPCODES, choose=st.integers(0, 99), body=st.binary(max_size=80), cut=st.integers(0, 60))
     def garbage(self, opcode: int, choose: int, body: bytes, cut: int) -> None:

@@ -123,8 +123,8 @@ class Twin:
         #: handle of Python's -> descriptor, whether it may be written
         self.lent: dict[int, tuple[int, bool]] = {}
         self.writes_held = False
-        #: what INIT offered and was asked for
-        self.init_flags = 0
+        #: INIT's flags: what the kernel offered, what is asked for beside libfuse's
+        self.offered, self.wanted = 0, 0
         #: whether replies arrive
         self.plugged = True
 
@@ -306,6 +306,22 @@ class Twin:
         if answer.verdict is Verdict.CARRIED and not self.carries:
             self._reply(answer, f.reply(unique, errno.ENOSYS))
         return answer
+
+    def libfuse_replies(self, opcode: int, payload: bytes, unique: int = 7) -> bytes:
+        """The packet that goes out."""
+        if opcode == f.INIT and len(payload) >= f.INIT_OUT.size:
+            fields = list(f.INIT_OUT.unpack_from(payload))
+            flags = self.offered & self.wanted
+            fields[3] |= flags & 0xFFFFFFFF
+            if flags >> 32:
+                fields[3] |= f.INIT_EXT
+                fields[10] |= flags >> 32
+            payload = f.INIT_OUT.pack(*fields) + payload[f.INIT_OUT.size :]
+        elif opcode == f.OPENDIR and len(payload) == f.OPEN_OUT.size:
+            handle, flags, backing = f.OPEN_OUT.unpack(payload)
+            if handle in self.listings:
+                payload = f.OPEN_OUT.pack(handle, flags | f.FOPEN_CACHE_DIR | f.FOPEN_KEEP_CACHE, backing)
+        return f.reply(unique, 0, payload)
 
     def _reply(self, answer: Answer, reply: bytes) -> None:
         answer.verdict = Verdict.ANSWERED
@@ -533,7 +549,7 @@ class Twin:
                     return f.WRITE_OUT.pack(size, 0)
             except OSError:
                 pass  # Python finds out, and remembers
-        if self.init_flags & f.HANDLE_KILLPRIV_V2 and not flags & f.WRITE_KILL_SUIDGID:
+        if self.offered & self.wanted & f.HANDLE_KILLPRIV_V2 and not flags & f.WRITE_KILL_SUIDGID:
             marked = struct.pack("<Q", handle | KEEPS_SETID)
             answer.frame = answer.frame[: f.IN_HEADER.size] + marked + body[8:]
         return None
