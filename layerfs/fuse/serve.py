@@ -111,6 +111,7 @@ async def _main(
             extra = Extra(operations.vfs, native.reply, operations.counters)
             native.on_carry = lambda frame: nursery.start_soon(extra.handle, frame)
             native.carries(True)
+            native.mind(_epoll())
         reporter.vfs = operations.vfs
         operations.vfs.tree.attributes_moved = operations.attributes_moved
         await operations.vfs.start()
@@ -128,6 +129,17 @@ async def _main(
             log.info("the kernel ended the connection")
         operations.vfs.give_up()
         nursery.cancel_scope.cancel()
+
+
+def _epoll() -> int:
+    """The descriptor that the event loop sleeps on, in which the device is disarmed while its reader runs; -1
+    where this trio keeps it somewhere else."""
+    try:
+        from trio._core._run import GLOBAL_RUN_CONTEXT
+
+        return int(GLOBAL_RUN_CONTEXT.runner.io_manager._epoll.fileno())
+    except (ImportError, AttributeError):
+        return -1
 
 
 async def _end_on_signal(operations: Operations, task_status: trio.TaskStatus[None]) -> None:

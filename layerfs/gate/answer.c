@@ -32,7 +32,7 @@
 bool gate_init(struct gate *gate, uint32_t descriptors, uint64_t resolve)
 {
 	memset(gate, 0, sizeof(*gate));
-	gate->device = gate->statfs = -1;
+	gate->device = gate->statfs = gate->loop = -1;
 	gate->files.limit = descriptors;
 	return facts_init(&gate->facts, descriptors / 4, resolve);
 }

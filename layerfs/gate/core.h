@@ -205,6 +205,7 @@ struct gate {
 	struct map asked;    /* unique -> opcode: what Python has not replied to */
 	int device;
 	int statfs; /* descriptor to ask, or -1 */
+	int loop;   /* readable when the event loop has something to do, beside the device; -1: not to be had */
 	bool xattrs; /* users see them */
 	bool carries; /* somebody takes CARRIED frames */
 	bool hooked;

@@ -17,8 +17,10 @@
 #include <unistd.h>
 
 /* Nanoseconds to wait for the next request after one was answered here, before Python's event loop gets its turn: a
- * turn costs as much as waking up does. */
-#define LINGER 60000
+ * turn costs more than waking up does. What the loop waits for ends the wait (`gate.loop`), its deadlines do not. */
+#define LINGER 2000000
+/* The same where it cannot be seen what the loop waits for. */
+#define LINGER_BLIND 100000
 /* Answers in a row, while Python has work, before it gets its turn. */
 #define TURN 8
 /* At most as many when it has none that is known here. */
@@ -78,8 +80,8 @@ static void note_init(struct gate *gate, const struct fuse_in_header *in, const 
 
 ssize_t hook_receive(struct gate *gate, int device, void *buffer, size_t size)
 {
-	struct pollfd ready = {.fd = device, .events = POLLIN};
-	const struct timespec linger = {.tv_nsec = LINGER};
+	struct pollfd ready[2] = {{.fd = device, .events = POLLIN}, {.fd = gate->loop, .events = POLLIN}};
+	const struct timespec linger = {.tv_nsec = gate->loop < 0 ? LINGER_BLIND : LINGER};
 	unsigned answered = 0;
 
 	for (;;) {
@@ -88,7 +90,7 @@ ssize_t hook_receive(struct gate *gate, int device, void *buffer, size_t size)
 		size_t length;
 
 		if (got < 0 && errno == EAGAIN) {
-			if (!answered || gate->asked.used || ppoll(&ready, 1, &linger, NULL) <= 0)
+			if (!answered || gate->asked.used || ppoll(ready, 2, &linger, NULL) <= 0 || ready[1].revents)
 				return -EINTR;
 			continue;
 		}

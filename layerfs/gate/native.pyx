@@ -75,6 +75,7 @@ cdef extern from "core.h":
         map asked
         int device
         int statfs
+        int loop
         bint xattrs
         bint carries
         bint hooked
@@ -207,6 +208,10 @@ cdef class NativeGate:
     def device(self):
         """Descriptor of the connection, or -1."""
         return _gate.device
+
+    def mind(self, loop: int):
+        """`loop`: a descriptor that is readable when the event loop has something to do."""
+        _gate.loop = loop
 
     def carries(self, bint does):
         """Whether `on_carry` takes frames; else they are answered by ENOSYS."""
