@@ -172,7 +172,7 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        if start_id == 0:
+        if start_id == 0 or not self.vfs.tree.gate.lists_now(fh):
             await self.vfs.rewind(fh)
         handle = self.vfs.listing(fh)
         names, offsets = handle.names, handle.offsets

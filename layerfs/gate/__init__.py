@@ -125,6 +125,10 @@ class Gate(Protocol):
         """The open directory `handle` lists `names` (as arranged). `fresh`: a read from its start need not
         look again."""
 
+    def lists_now(self, handle: int) -> bool:
+        """Whether what the open directory `handle` lists is what is there now: the kernel keeps each part of
+        a listing for all openers. True where the gate does not list, as the kernel keeps nothing then."""
+
     def answers(self, directory: NodeId, name: bytes) -> bool:
         """Whether the gate answers for `name`."""
 
@@ -211,6 +215,9 @@ class NoGate:
         self, handle: int, directory: NodeId, parent: NodeId, names: list[bytes], fresh: bool
     ) -> None:
         pass
+
+    def lists_now(self, handle: int) -> bool:
+        return True
 
     def answers(self, directory: NodeId, name: bytes) -> bool:
         return False

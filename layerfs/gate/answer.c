@@ -365,6 +365,14 @@ bool gate_list(struct gate *gate, uint64_t handle, uint64_t directory, uint64_t 
 	return false;
 }
 
+bool gate_lists_now(const struct gate *gate, uint64_t handle)
+{
+	const struct listing *listing = map_get(&gate->listings, handle);
+	const struct directory *directory = listing ? facts_directory(&gate->facts, listing->directory) : NULL;
+
+	return !directory || listing->changes == directory->changes;
+}
+
 void gate_unlist(struct gate *gate, uint64_t handle)
 {
 	free_listing(map_take(&gate->listings, handle));
@@ -420,11 +428,11 @@ static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *
 	if (!listing || !(directory = facts_directory(&gate->facts, listing->directory)))
 		return PASSED;
 	/*
-	 * From its start it must be what is there now, or Python lists anew: rewinddir(3) asks for that, and the kernel
-	 * keeps what it reads (FOPEN_CACHE_DIR) as the state in which the directory was when it began to, not when it
-	 * was opened (fs/fuse/readdir.c, fuse_readdir_cached).
+	 * It must be what is there now, or Python lists anew. The kernel keeps what it reads (FOPEN_CACHE_DIR) as the state
+	 * in which the directory was when it began to, and takes each part from whoever reads on where the last one
+	 * ended, though that one opened the directory long ago (fs/fuse/readdir.c, fuse_add_dirent_to_cache).
 	 */
-	if (arg.offset == 0 && (!listing->fresh || listing->changes != directory->changes))
+	if ((arg.offset == 0 && !listing->fresh) || listing->changes != directory->changes)
 		return PASSED;
 	room = arg.size < LISTING_MAX ? arg.size : LISTING_MAX;
 	if (gate->reply_size < room) {

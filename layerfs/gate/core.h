@@ -230,6 +230,8 @@ enum verdict gate_answer(struct gate *gate, void *frame, size_t *size);
  * the start need not look again. False: no memory. */
 bool gate_list(struct gate *gate, uint64_t handle, uint64_t directory, uint64_t parent, uint32_t *order, uint32_t count,
 	       bool fresh);
+/* Whether what `handle` lists is what is there now, as far as is known here. */
+bool gate_lists_now(const struct gate *gate, uint64_t handle);
 void gate_unlist(struct gate *gate, uint64_t handle);
 /* What is told of a node, made if need be; NULL without memory. */
 struct told *gate_tell(struct gate *gate, uint64_t id);

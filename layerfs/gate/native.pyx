@@ -109,6 +109,7 @@ cdef extern from "core.h":
     int files_switch(files *, uint64_t, int) nogil
     bint gate_init(gate *, uint32_t, uint64_t) nogil
     void gate_free(gate *) nogil
+    bint gate_lists_now(const gate *, uint64_t) nogil
     bint gate_list(gate *, uint64_t, uint64_t, uint64_t, uint32_t *, uint32_t, bint) nogil
     told *gate_tell(gate *, uint64_t) nogil
     void gate_untell(gate *, uint64_t) nogil
@@ -453,6 +454,10 @@ cdef class NativeGate:
             count += 1
         if not gate_list(&_gate, handle, id, parent, order, count, fresh):
             free(order)
+
+    def lists_now(self, uint64_t handle):
+        """Whether what `handle` lists is what is there now; true when it lists nothing here."""
+        return bool(gate_lists_now(&_gate, handle))
 
     def answers(self, uint64_t id, bytes name):
         """Whether the gate would answer for a name."""

@@ -292,6 +292,7 @@ class Program(RuleBasedStateMachine):
         handle=DIRECTORIES,
     )
     def reply(self, opcode: int, payload: bytes, handle: int) -> None:
+        self.pair.plug(True)
         self.pair.libfuse_replies(opcode, payload)
         self.pair.libfuse_replies(opcode, f.OPEN_OUT.pack(handle % 10, 0, 0))
 

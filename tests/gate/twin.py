@@ -457,7 +457,7 @@ class Twin:
         directory = self.directories.get(listing.directory) if listing else None
         if listing is None or directory is None:
             raise _Ask
-        if offset == 0 and not (listing.fresh and listing.changes == directory.changes):
+        if (offset == 0 and not listing.fresh) or listing.changes != directory.changes:
             raise _Ask  # Python looks again
         room = min(size, LISTING_MAX)
         payload, told = b"", []
