@@ -44,8 +44,6 @@ MOST: dict[str, float] = {
         for layers in (1, 8, 32, 128)
     },
 }
-#: The same with kept pages and opens that need no message: a warm file costs nothing.
-CACHED: dict[str, float] = {"warm_read": 0, "seq_warm": 0.01, "rand_warm": 0.01, "mmap_warm": 0.01}
 
 
 def too_many(results: Results) -> dict[str, str]:
@@ -54,7 +52,7 @@ def too_many(results: Results) -> dict[str, str]:
     for key in MOST:
         measure = results.measures.get(key)
         for name in results.ours:
-            most = {**MOST, **(CACHED if "data=cached" in name else {})}[key]
+            most = MOST[key]
             each = measure.requests_each(name) if measure else None
             if measure and each is not None and each > most:
                 kinds = ", ".join(f"{kind} {count}" for kind, count in measure.requests[name].items())

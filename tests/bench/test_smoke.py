@@ -14,7 +14,8 @@ from benchmarks.fsbench.counts import MOST
 from benchmarks.fsbench.results import read_json
 from tests.support.stack import scratch_root
 
-pytestmark = [pytest.mark.root, pytest.mark.loop, pytest.mark.slow]
+# Long ones run one after the other: beside others that drop the kernel's caches there is nothing to count.
+pytestmark = [pytest.mark.root, pytest.mark.loop, pytest.mark.long]
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "run"
 JOBS = "stat,find,read,xattr,create,lowers,ls,append"
