@@ -159,8 +159,9 @@ class Tree:
         not loaded yet."""
         if node.in_upper or node.users or node.names or not isinstance(node, File) or not self.gate.native:
             return
-        if node.home is None or self._plain_home(node.home) is None:
-            return
+        plain = self._plain_home(node.home) if node.home is not None else None
+        if plain is None or node.id != plain[2] | node.real:
+            return  # the gate would give it another number
         lookups, node.lookups = node.lookups, 0
         self.release(node)
         if not self.gate.entrust(parent.id, name, lookups):
