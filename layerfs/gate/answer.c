@@ -679,6 +679,18 @@ static enum verdict ioctl_of(struct gate *gate, const struct fuse_in_header *in,
 	}
 }
 
+/* libfuse keeps those of requests that it has not got, answers them by EAGAIN later, and the kernel sends them again. What was
+ * answered here is done; what is carried looks for pending signals itself (vfs/caller.py). */
+static enum verdict interrupt(struct gate *gate, const void *body, size_t size)
+{
+	struct fuse_interrupt_in arg;
+
+	if (size < sizeof(arg))
+		return PASSED;
+	memcpy(&arg, body, sizeof(arg));
+	return map_has(&gate->asked, arg.unique) ? PASSED : ANSWERED;
+}
+
 /* -- all ------------------------------------------------------------------------------------------------------------ */
 
 static enum verdict decide(struct gate *gate, struct fuse_in_header *in, char *body, size_t *frame_size)
@@ -694,6 +706,8 @@ static enum verdict decide(struct gate *gate, struct fuse_in_header *in, char *b
 		return forget_one(gate, in, body, size);
 	case FUSE_BATCH_FORGET:
 		return forget_many(gate, in, body, frame_size);
+	case FUSE_INTERRUPT:
+		return interrupt(gate, body, size);
 	case FUSE_READLINK:
 		return readlink_of(gate, in);
 	case FUSE_GETXATTR:

@@ -169,3 +169,7 @@ def names_of(payload: bytes) -> list[bytes]:
         found.append(payload[at : at + length])
         at += length + -length % 8
     return found
+
+
+#: struct fuse_interrupt_in: the request that is interrupted.
+INTERRUPT_IN = struct.Struct("=Q")

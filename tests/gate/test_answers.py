@@ -637,9 +637,16 @@ def test_lseek_of_python_s_files_is_carried(make_pair: Callable[..., Pair]) -> N
     assert error(make_pair(carries=False).feed(frame)) == errno.ENOSYS
 
 
+def test_interrupts_of_what_pyfuse3_has_not_got(tree: Pair) -> None:
+    """Passed, libfuse would have the kernel send them again and again."""
+    frame = f.frame(f.INTERRUPT, 0, f.INTERRUPT_IN.pack(77))
+    assert tree.feed(frame) == Answer(Verdict.ANSWERED, frame)
+
+
 NATIVE_OPCODES = {
     *(f.LOOKUP, f.FORGET, f.GETATTR, f.READLINK, f.OPEN, f.READ, f.STATFS, f.RELEASE, f.FSYNC, f.GETXATTR),
     *(f.LISTXATTR, f.FLUSH, f.RELEASEDIR, f.BATCH_FORGET, f.READDIRPLUS, f.LSEEK, f.WRITE, f.IOCTL),
+    f.INTERRUPT,
 }
 
 

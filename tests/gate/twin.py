@@ -297,6 +297,9 @@ class Twin:
                 self._on_forget(node, body, answer)
             elif opcode == f.BATCH_FORGET:
                 self._on_batch_forget(body, answer)
+            elif opcode == f.INTERRUPT:
+                f.INTERRUPT_IN.unpack_from(body)
+                answer.verdict = Verdict.ANSWERED  # nobody but Python is asked for anything that lasts
             elif opcode in _UNCARRIED:
                 answer.verdict = Verdict.CARRIED
             else:
