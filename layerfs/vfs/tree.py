@@ -129,6 +129,9 @@ class Tree:
 
     def forget(self, id: int, count: int) -> None:
         node = self.nodes.get(NodeId(id))
+        if node is None and self.gate.knows(NodeId(id)):
+            # `entrust` gave it away between the lookup and now: a listing had no room for it.
+            node = self._from_gate(NodeId(id))
         if node is not None:
             node.lookups -= count
             self.release(node)

@@ -1,0 +1,81 @@
+"""Objects that change hands between Python and the gate: node ids, lookup counts and attributes go with
+them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+
+import pytest
+
+from tests.support import mounts
+from tests.support.mounts import Layerfs
+from tests.support.stack import Stack
+
+pytestmark = [
+    pytest.mark.usefixtures("root"),
+    pytest.mark.skipif(bool(mounts.why_no_layerfs()), reason=str(mounts.why_no_layerfs())),
+]
+
+
+def test_a_lower_directory_that_is_seen_twice(make_stack: type[Stack]) -> None:
+    stack = make_stack()
+    (stack.lowers[0] / "real").mkdir()
+    for number in range(5):
+        (stack.lowers[0] / f"real/f{number}").write_text(str(number))
+    for name in ("one", "two"):
+        (stack.upper / name).mkdir()
+        os.setxattr(stack.upper / name, "trusted.overlay.redirect", b"/real")
+    with Layerfs(stack, "gate=on") as mount:
+        for number in range(5):
+            for name in ("one", "two"):
+                path = f"{mount.mnt}/{name}/f{number}"
+                id = os.stat(path).st_ino
+                with open(path) as file:
+                    assert file.read() == str(number)
+                assert os.stat(path).st_ino == id
+
+
+def test_lookups_of_names_for_which_a_listing_had_no_room(make_stack: type[Stack]) -> None:
+    stack = make_stack()
+    (stack.lowers[0] / "d").mkdir()
+    for number in range(1000):
+        path = stack.lowers[0] / f"d/f{number}"
+        path.touch()
+        os.setxattr(path, "user.some", b"")
+    with Layerfs(stack, "gate=on") as mount:
+        directory = f"{mount.mnt}/d"
+        for name in os.listdir(directory):
+            os.listxattr(f"{directory}/{name}")  # Python's from now on
+        with open(f"{directory}/new", "x"):
+            pass  # what the kernel knows of the listing is worth nothing
+        os.listdir(directory)
+        for _ in range(40):
+            with open("/proc/sys/vm/drop_caches", "w") as file:
+                file.write("2")
+            if nodes(mount) <= 2:
+                break
+            time.sleep(0.25)
+        assert nodes(mount) <= 2
+
+
+def nodes(mount: Layerfs) -> int:
+    """What the kernel has from Python and from the gate."""
+    done = subprocess.run(
+        [*mounts.layerfs_command(), "stat", "--json", mount.mnt], capture_output=True, check=True
+    )
+    found = json.loads(done.stdout)
+    return int(found["nodes"]) + int(found["gate"]["known"])
+
+
+def test_link_count_of_what_no_longer_merges(make_stack: type[Stack]) -> None:
+    stack = make_stack()
+    (stack.lowers[0] / "d/sub/below").mkdir(parents=True)
+    with Layerfs(stack, "gate=on,redirect_dir=off") as mount:
+        with open(f"{mount.mnt}/d/sub/new", "x"):
+            assert os.stat(f"{mount.mnt}/d/sub").st_nlink == 1
+        os.rename(f"{mount.mnt}/d", f"{mount.mnt}/e")
+        os.listdir(f"{mount.mnt}/e/sub")  # the kernel asks for the attributes again
+        assert os.stat(f"{mount.mnt}/e/sub").st_nlink == 3
