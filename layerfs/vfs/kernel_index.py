@@ -58,6 +58,7 @@ async def adopt(tree: Tree, upper: Upper, copyup: CopyUp, links: LinkIndex) -> N
             if directory.merged is not None:
                 entry = directory.merged.names[name]
                 entry.home, entry.node = None, None
+                tree.gate.retract_name(directory.id, name)
                 entry.real = os.stat(name, dir_fd=fd.fd, follow_symlinks=False).st_ino
         finally:
             links.unpin([(directory, name)])

@@ -211,6 +211,7 @@ class Rename:
         step("whole.whiteouts")
         directory.lowers = ()
         directory.lower_path = None
+        self.tree.gate.retract_attributes(directory.id)  # what merges has a link count of 1
         self.names.merged(parent).names[directory.name].lowers = ()
         for entry in merged.names.values():
             entry.lower = False
@@ -240,6 +241,7 @@ class Rename:
                 if isinstance(target.node, Directory):
                     # It is opaque now, even if the rename fails.
                     target.node.lowers, target.node.lower_path, target.node.merged = (), None, Merged()
+                    self.tree.gate.retract_attributes(target.node.id)
         device = upper.ability.whiteouts == "device"
         leaves_whiteout = source.entry.lower
         if over_device and source.entry.is_dir:
