@@ -346,12 +346,24 @@ class Vfs:
     @_changes()
     async def setxattr(self, id: int, name: bytes, value: bytes, caller: Caller) -> None:
         self._check_xattrs()
-        await self._write().attributes.set_xattr(self.tree.node(id), name, value, caller)
+        node = self.tree.node(id)
+        node.users += 1
+        try:
+            await self._write().attributes.set_xattr(node, name, value, caller)
+        finally:
+            node.users -= 1
+            self.tree.release(node)
 
     @_changes()
     async def removexattr(self, id: int, name: bytes, caller: Caller) -> None:
         self._check_xattrs()
-        await self._write().attributes.remove_xattr(self.tree.node(id), name, caller)
+        node = self.tree.node(id)
+        node.users += 1
+        try:
+            await self._write().attributes.remove_xattr(node, name, caller)
+        finally:
+            node.users -= 1
+            self.tree.release(node)
 
     # -- data -------------------------------------------------------------------------------------
 
