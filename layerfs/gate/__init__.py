@@ -116,8 +116,8 @@ class Gate(Protocol):
 
     def arrange(self, directory: NodeId, names: Collection[bytes]) -> tuple[list[bytes], Sequence[int]]:
         """`names` in the order in which they are to be listed, those that were not plain when they came
-        before the others, and the offset behind each of them, which grows. Where the gate lists, a name keeps
-        its offset as long as the directory lives."""
+        before the others, those that came later before all, and the offset behind each of them, which grows.
+        Where the gate lists, a name keeps its offset as long as the directory lives."""
 
     def list_names(
         self, handle: int, directory: NodeId, parent: NodeId, names: list[bytes], fresh: bool

@@ -113,6 +113,9 @@ int64_t facts_find(const struct facts *facts, const struct directory *directory,
  * What listings call the place behind a name; they are in its order, and it lasts as long as the directory does. The kernel
  * keeps one listing for all who open a directory, made by whoever reads on where it ends (fs/fuse/readdir.c,
  * fuse_add_dirent_to_cache), and goes on in it, by offset, for those who began with another one.
+ *
+ * Names that came later are listed first, the last of them first of all: whoever makes or renames names while it lists
+ * comes to an end.
  */
 uint64_t facts_offset(const struct directory *directory, uint32_t position);
 /* The name means something else from now on, or nothing: Python is asked. False: no memory, or so many names have come and

@@ -259,10 +259,15 @@ int64_t facts_find(const struct facts *facts, const struct directory *directory,
 	return -1;
 }
 
+/* Above the offsets of all names that came after their directory was published. */
+#define LATER_OFFSET (UINT64_C(1) << 29)
+
 uint64_t facts_offset(const struct directory *directory, uint32_t position)
 {
-	/* There are never 2^30 names, and 31 bits are good for any program. */
-	return ((uint64_t)!directory->names[position].first << 30 | position) + DOTS + 1;
+	/* There are never 2^29 names (facts_name), and 31 bits are good for any program. */
+	if (position >= directory->published)
+		return LATER_OFFSET - position + DOTS;
+	return (directory->names[position].first ? LATER_OFFSET : LATER_OFFSET * 2) + position + DOTS + 1;
 }
 
 bool facts_retract(struct facts *facts, struct directory *directory, const char *text, size_t length)

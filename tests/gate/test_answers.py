@@ -344,9 +344,9 @@ def test_names_that_are_not_plain_come_first(tree: Pair) -> None:
     tree.retract(ROOT, b"new")
     tree.list_names(LISTS_ROOT, ROOT, [b"file", b"asked", b"new"])
     assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0)))) == [b".", b".."]
-    for offset in (2, tree.offset(b"asked")):
+    for offset in (2, tree.offset(b"new")):
         assert passed(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, offset)))
-    behind = tree.feed(f.readdirplus(ROOT, LISTS_ROOT, tree.offset(b"new")))
+    behind = tree.feed(f.readdirplus(ROOT, LISTS_ROOT, tree.offset(b"asked")))
     assert f.names_of(payload(behind)) == [b"file"]
 
 

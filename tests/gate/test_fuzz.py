@@ -71,7 +71,7 @@ def _seeds() -> Iterator[bytes]:
     data = b"".join(_made(opcode, 0, 3, read) for opcode in (f.READ, f.LSEEK, f.FLUSH, f.FSYNC, f.RELEASE))
     listing = b"".join(
         _made(f.READDIRPLUS, 99, 1, struct.pack("<QIIQII", offset, 4096, 0, 0, 0, 0))
-        for offset in (0, 1, 2, 3, 4, 1 << 30, 1 << 30 | 4)
+        for offset in (0, 1, 2, 3, (1 << 29) - 4, 1 << 29, 1 << 29 | 4, 1 << 30, 1 << 30 | 4)
     )
     init = _step(0, f.frame(f.INIT, 0, f.INIT_IN.pack(7, 38, 0, (1 << 32) - 1, (1 << 32) - 1)))
     replied = _step(2, bytes([0, 0, 0xFF]) + bytes(f.INIT_OUT.size))

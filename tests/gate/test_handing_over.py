@@ -1,5 +1,5 @@
-"""Objects that change hands between Python and the gate: node ids, lookup counts and attributes go with
-them."""
+"""Objects that change hands between Python and the gate: node ids, lookup counts, attributes and places in
+listings go with them."""
 
 from __future__ import annotations
 
@@ -79,3 +79,24 @@ def test_link_count_of_what_no_longer_merges(make_stack: type[Stack]) -> None:
         os.rename(f"{mount.mnt}/d", f"{mount.mnt}/e")
         os.listdir(f"{mount.mnt}/e/sub")  # the kernel asks for the attributes again
         assert os.stat(f"{mount.mnt}/e/sub").st_nlink == 3
+
+
+def test_a_listing_ends_though_each_name_is_renamed(make_stack: type[Stack]) -> None:
+    """As xfstests generic/736."""
+    stack = make_stack()
+    for name in ("merged", "upper"):
+        (stack.lowers[0] / name).mkdir()
+    for number in range(1000):
+        (stack.lowers[0] / f"merged/f{number:04}").touch()
+    with Layerfs(stack, "gate=on") as mount:
+        for number in range(1000):
+            (mount.mnt / f"upper/f{number:04}").touch()
+        for name in ("merged", "upper"):
+            seen = []
+            with os.scandir(mount.mnt / name) as entries:
+                for entry in entries:
+                    seen.append(entry.name)
+                    assert len(seen) <= 2000, "it never ends"
+                    os.rename(entry.path, mount.mnt / name / f"renamed-{len(seen):04}")
+            assert {each for each in seen if each.startswith("f")} == {f"f{n:04}" for n in range(1000)}
+            assert len(os.listdir(mount.mnt / name)) == 1000

@@ -236,10 +236,13 @@ class Program(RuleBasedStateMachine):
         self.feed(f.batch_forget(*((self.nodes(choose), count) for choose, count in items)))
 
     @rule(
-        handle=st.sampled_from([*HANDLES, 0, 7]), offset=st.integers(0, 14), plain=st.booleans(), size=SIZES
+        handle=st.sampled_from([*HANDLES, 0, 7]),
+        offset=st.integers(-14, 14),
+        of=st.sampled_from([0, 1 << 29, 1 << 30]),
+        size=SIZES,
     )
-    def readdirplus(self, handle: int, offset: int, plain: bool, size: int) -> None:
-        self.feed(f.readdirplus(ROOT, handle, plain << 30 | offset, size))
+    def readdirplus(self, handle: int, offset: int, of: int, size: int) -> None:
+        self.feed(f.readdirplus(ROOT, handle, abs(of + offset), size))
 
     @rule(handle=st.sampled_from([*HANDLES, 0, 7]))
     def releasedir(self, handle: int) -> None:

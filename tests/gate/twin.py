@@ -148,7 +148,7 @@ class Twin:
     @staticmethod
     def _add(directory: Directory, name: bytes, plain: Plain | None) -> None:
         """Names never go; those that are not plain when they come are listed first."""
-        offset = (plain is not None) << 30 | len(directory.names)
+        offset = 1 << (29 if plain is None else 30) | len(directory.names)
         directory.names[name] = Name(plain, plain is not None, offset + 3)
 
     def forget_directory(self, id: int) -> None:
@@ -160,7 +160,8 @@ class Twin:
             return False
         directory.changes += 1
         if name not in directory.names:
-            self._add(directory, name, None)
+            # Before all others: who lists meanwhile does not come to it.
+            directory.names[name] = Name(None, False, (1 << 29) - len(directory.names) + 2)
         directory.names[name].answered = False
         return True
 
