@@ -172,7 +172,8 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        if start_id == 0 or not self.vfs.tree.gate.lists_now(fh):
+        stale = not self.vfs.tree.gate.lists_now(fh)
+        if start_id == 0 or stale:
             await self.vfs.rewind(fh)
         handle = self.vfs.listing(fh)
         names, offsets = handle.names, handle.offsets
@@ -183,7 +184,7 @@ class Operations(pyfuse3.Operations):
         while at < len(names) + 2:
             if at < 2:
                 fitted = await self._reply_dot(handle.node.id, handle.node.parent, at, token)
-            elif replied and answers(handle.node.id, names[at - 2]):
+            elif replied and not (start_id and stale) and answers(handle.node.id, names[at - 2]):
                 return  # the next request is the gate's
             else:
                 fitted = await self._reply_name(handle.node.id, names[at - 2], offsets[at - 2], token)

@@ -62,7 +62,10 @@ class Gate(Protocol):
         whose files are shown as they are."""
 
     def retract_name(self, directory: NodeId, name: bytes) -> None:
-        """`name` in `directory` is about to appear, vanish or mean something else."""
+        """`name` in `directory` is about to appear or mean something else."""
+
+    def vanish_name(self, directory: NodeId, name: bytes) -> None:
+        """`name` in `directory` is about to vanish. Listings stay good: they pass it over."""
 
     def tell_attributes(self, node: NodeId, shown: Shown) -> None:
         """What stat shows of a node, until it is retracted or forgotten."""
@@ -158,6 +161,9 @@ class NoGate:
         pass
 
     def retract_name(self, directory: NodeId, name: bytes) -> None:
+        pass
+
+    def vanish_name(self, directory: NodeId, name: bytes) -> None:
         pass
 
     def tell_attributes(self, node: NodeId, shown: Shown) -> None:

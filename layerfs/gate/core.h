@@ -122,6 +122,9 @@ uint64_t facts_offset(const struct directory *directory, uint32_t position);
  * gone that keeping them is not worth it; the directory must be forgotten. */
 bool facts_retract(struct facts *facts, struct directory *directory, const char *name, size_t length);
 
+/* The name is gone. Listings pass it over, so none has to be made anew. */
+void facts_vanish(const struct facts *facts, struct directory *directory, const char *name, size_t length);
+
 /* Whether the object has no xattrs at all. */
 bool facts_bare(int directory, const char *name);
 /* Python let go of the node of a name that means what it meant when it was published. */

@@ -289,6 +289,14 @@ bool facts_retract(struct facts *facts, struct directory *directory, const char 
 	return true;
 }
 
+void facts_vanish(const struct facts *facts, struct directory *directory, const char *text, size_t length)
+{
+	int64_t found = facts_find(facts, directory, text, length);
+
+	if (found >= 0)
+		directory->names[found].kind = NAME_ASK;
+}
+
 void facts_give_back(struct directory *directory, uint32_t position, uint8_t kind)
 {
 	if (directory->names[position].real)

@@ -103,6 +103,7 @@ cdef extern from "core.h":
     int64_t facts_find(const facts *, const directory *, const char *, size_t) nogil
     uint64_t facts_offset(const directory *, uint32_t) nogil
     bint facts_retract(facts *, directory *, const char *, size_t) nogil
+    void facts_vanish(const facts *, directory *, const char *, size_t) nogil
     void facts_give_back(directory *, uint32_t, uint8_t) nogil
     known *facts_know(facts *, directory *, uint32_t) nogil
     uint64_t facts_adopt(facts *, directory *, uint32_t) nogil
@@ -274,6 +275,11 @@ cdef class NativeGate:
         cdef directory *found = facts_directory(&_gate.facts, id)
         if found != NULL and not facts_retract(&_gate.facts, found, name, len(name)):
             self._forget_directory(id)
+
+    def vanish_name(self, uint64_t id, bytes name):
+        cdef directory *found = facts_directory(&_gate.facts, id)
+        if found != NULL:
+            facts_vanish(&_gate.facts, found, name, len(name))
 
     def tell_attributes(self, uint64_t id, shown):
         """`shown`: as `vfs.tree.Attributes`."""

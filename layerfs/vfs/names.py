@@ -53,7 +53,7 @@ class Names:
 
     def drop_entry(self, parent: Directory, name: bytes, *, hidden: bool) -> None:
         merged = self.merged(parent)
-        self.tree.gate.retract_name(parent.id, name)
+        self.tree.gate.vanish_name(parent.id, name)
         del merged.names[name]
         if hidden:
             (merged.devices if self.upper.ability.whiteouts == "device" else merged.marks).add(name)

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -63,11 +65,15 @@ def test_lookups_of_names_for_which_a_listing_had_no_room(make_stack: type[Stack
 
 def nodes(mount: Layerfs) -> int:
     """What the kernel has from Python and from the gate."""
+    found = statistics(mount)
+    return int(found["nodes"]) + int(found["gate"]["known"])
+
+
+def statistics(mount: Layerfs) -> Any:
     done = subprocess.run(
         [*mounts.layerfs_command(), "stat", "--json", mount.mnt], capture_output=True, check=True
     )
-    found = json.loads(done.stdout)
-    return int(found["nodes"]) + int(found["gate"]["known"])
+    return json.loads(done.stdout)
 
 
 def test_link_count_of_what_no_longer_merges(make_stack: type[Stack]) -> None:
@@ -100,3 +106,19 @@ def test_a_listing_ends_though_each_name_is_renamed(make_stack: type[Stack]) -> 
                     os.rename(entry.path, mount.mnt / name / f"renamed-{len(seen):04}")
             assert {each for each in seen if each.startswith("f")} == {f"f{n:04}" for n in range(1000)}
             assert len(os.listdir(mount.mnt / name)) == 1000
+
+
+@pytest.mark.parametrize("change", [os.unlink, lambda path: os.rename(path, path + "-new")])
+def test_a_listing_goes_on_in_large_steps_while_names_change(
+    make_stack: type[Stack], change: Callable[[str], None]
+) -> None:
+    stack = make_stack()
+    (stack.lowers[0] / "d").mkdir()
+    for number in range(1000):
+        (stack.lowers[0] / f"d/f{number}").touch()
+    with Layerfs(stack, "gate=on") as mount:
+        with os.scandir(mount.mnt / "d") as entries:
+            for entry in entries:
+                change(entry.path)
+        listed = statistics(mount)["requests"]["readdirplus"]
+        assert listed["native"] + listed["python"] < 100

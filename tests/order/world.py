@@ -159,6 +159,9 @@ class KnowingGate(NoGate):
     def retract_name(self, directory: NodeId, name: bytes) -> None:
         self.unsure.setdefault(directory, set()).add(name)
 
+    def vanish_name(self, directory: NodeId, name: bytes) -> None:
+        self.retract_name(directory, name)
+
     def retract_directory(self, directory: NodeId) -> None:
         self.facts.pop(directory, None)
 
