@@ -182,7 +182,13 @@ def _native_gate(config: StackConfig, stack: Stack) -> Any:
     """None: Python answers everything. Raises MountError."""
     if config.gate is False:
         return None
-    native = gate.make(_pool_capacity(), RESOLVE_INSIDE, statfs=stack.layers[0].fd.fd, xattrs=config.xattrs)
+    native = gate.make(
+        _pool_capacity(),
+        RESOLVE_INSIDE,
+        statfs=stack.layers[0].fd.fd,
+        xattrs=config.xattrs,
+        read_only=config.read_only or stack.upper is None,
+    )
     if native is not None:
         native.arm()
     elif config.gate:

@@ -260,8 +260,8 @@ def import_pyfuse3() -> None:
         unavailable = None
 
 
-def make(descriptors: int, resolve: int, *, statfs: int, xattrs: bool) -> Any:
+def make(descriptors: int, resolve: int, *, statfs: int, xattrs: bool, read_only: bool) -> Any:
     """The process's native gate (`native.NativeGate`), or None: see `unavailable`. Raises MemoryError."""
     if _native is None:
         return None
-    return _native.NativeGate(descriptors, resolve, statfs=statfs, xattrs=xattrs)
+    return _native.NativeGate(descriptors, resolve, statfs=statfs, xattrs=xattrs, read_only=read_only)

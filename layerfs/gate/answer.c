@@ -427,11 +427,7 @@ static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *
 	listing = map_get(&gate->listings, arg.fh);
 	if (!listing || !(directory = facts_directory(&gate->facts, listing->directory)))
 		return PASSED;
-	/*
-	 * It must be what is there now, or Python lists anew. The kernel keeps what it reads (FOPEN_CACHE_DIR) as the state
-	 * in which the directory was when it began to, and takes each part from whoever reads on where the last one
-	 * ended, though that one opened the directory long ago (fs/fuse/readdir.c, fuse_add_dirent_to_cache).
-	 */
+	/* It must be what is there now, or Python lists anew. */
 	if ((arg.offset == 0 && !listing->fresh) || listing->changes != directory->changes)
 		return PASSED;
 	room = arg.size < LISTING_MAX ? arg.size : LISTING_MAX;

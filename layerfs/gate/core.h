@@ -215,6 +215,10 @@ struct gate {
 	bool xattrs; /* users see them */
 	bool carries; /* somebody takes CARRIED frames */
 	bool hooked;
+	/* Nothing ever changes, so the kernel may keep listings. While names come and go it cannot: a part that one reader was sent
+	 * before a change may be put into the listing that another began after it (fs/fuse/readdir.c
+	 * fuse_add_dirent_to_cache), and passes for what is there now. */
+	bool keeps_listings;
 	bool holds_writes; /* every WRITE is Python's */
 	uint64_t init_unique, init_flags;
 	uint64_t extra_init_flags; /* asked for beside libfuse's, where the kernel offers them */

@@ -79,6 +79,7 @@ cdef extern from "core.h":
         bint xattrs
         bint carries
         bint hooked
+        bint keeps_listings
         bint holds_writes
         uint64_t bytes_read
         uint64_t bytes_written
@@ -177,9 +178,11 @@ cdef class NativeGate:
     #: called with a frame that pyfuse3 cannot carry; answered by `reply`
     cdef public object on_carry
 
-    def __init__(self, descriptors: int, resolve: int, *, statfs: int = -1, xattrs: bool = True):
+    def __init__(self, descriptors: int, resolve: int, *, statfs: int = -1, xattrs: bool = True,
+                 read_only: bool = False):
         """`descriptors`: how many may be used for open files, and a quarter as many for directories. `resolve`:
-        flags of openat2 for paths in a layer. `statfs`: descriptor of the file system whose space is shown."""
+        flags of openat2 for paths in a layer. `statfs`: descriptor of the file system whose space is shown.
+        `read_only`: no name ever changes."""
         global _live
         if _live is not None:
             raise RuntimeError("one gate a process")
@@ -187,6 +190,7 @@ cdef class NativeGate:
             raise MemoryError
         _gate.statfs = statfs
         _gate.xattrs = xattrs
+        _gate.keeps_listings = read_only
         _gate.let_go = _let_go
         _gate.carry = _carry
         _gate.extra_init_flags = CACHE_SYMLINKS | DONT_MASK | HANDLE_KILLPRIV_V2

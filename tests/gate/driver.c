@@ -118,6 +118,7 @@ static void start(void)
 	gate.device = pair[0];
 	kernel = pair[1];
 	gate.let_go = on_let_go;
+	gate.keeps_listings = true;
 	gate.xattrs = number(1);
 	gate.carries = number(1);
 	if (number(1)) {

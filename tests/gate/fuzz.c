@@ -91,6 +91,7 @@ static void begin(uint8_t options)
 	if (!gate_init(&gate, 4, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS))
 		abort();
 	gate.device = device;
+	gate.keeps_listings = true;
 	gate.xattrs = options & 1;
 	gate.carries = options & 2;
 	gate.statfs = options & 4 ? layer : -1;
