@@ -1,7 +1,7 @@
 """Whoever changes names and lists them sees what he did, whatever others do in the same directory meanwhile.
 
-Readers that began long ago and read on are among them: the kernel, if it keeps listings, puts what they get into
-those of others."""
+Readers that began long ago and read on are among them: the kernel, if it keeps listings, puts what they get
+into those of others."""
 
 from __future__ import annotations
 
