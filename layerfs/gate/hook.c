@@ -11,6 +11,7 @@
 #include <fcntl.h>
 #include <linux/fuse.h>
 #include <poll.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -21,6 +22,10 @@
 #define LINGER 2000000
 /* The same where it cannot be seen what the loop waits for. */
 #define LINGER_BLIND 100000
+/* Looks at the device, giving up the processor in between, before that: some 40 us, in which a client that does nothing but ask
+ * has asked again. Waking up another processor that sleeps costs as much (12,000 cold stats on an idle machine: 610 ms without,
+ * 415 with; fuse-overlayfs 780). */
+#define LOOKS 100
 /* Answers in a row, while Python has work, before it gets its turn. */
 #define TURN 8
 /* At most as many when it has none that is known here. */
@@ -82,13 +87,18 @@ ssize_t hook_receive(struct gate *gate, int device, void *buffer, size_t size)
 {
 	struct pollfd ready[2] = {{.fd = device, .events = POLLIN}, {.fd = gate->loop, .events = POLLIN}};
 	const struct timespec linger = {.tv_nsec = gate->loop < 0 ? LINGER_BLIND : LINGER};
-	unsigned answered = 0;
+	unsigned answered = 0, looks = 0;
 
 	for (;;) {
 		ssize_t got = read(device, buffer, size);
 		struct fuse_in_header in = {0};
 		size_t length;
 
+		if (got < 0 && errno == EAGAIN && answered && !gate->asked.used && looks < LOOKS) {
+			looks++;
+			sched_yield();
+			continue;
+		}
 		if (got < 0 && errno == EAGAIN) {
 			if (!answered || gate->asked.used || ppoll(ready, 2, &linger, NULL) <= 0 || ready[1].revents)
 				return -EINTR;
@@ -102,6 +112,7 @@ ssize_t hook_receive(struct gate *gate, int device, void *buffer, size_t size)
 		switch (gate_answer(gate, buffer, &length)) {
 		case ANSWERED:
 			answered++;
+			looks = 0;
 			if (answered >= (gate->asked.used ? TURN : LONG_TURN))
 				return -EINTR;
 			continue;
