@@ -13,7 +13,7 @@ def _extensions() -> list[Extension]:
         depends=["layerfs/gate/core.h"],
         include_dirs=["layerfs/gate"],
         libraries=["dl", "pthread"],
-        extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-function"],
+        extra_compile_args=["-O2", "-Wall", "-Wextra"],
         optional=True,
     )
     try:

@@ -117,20 +117,18 @@ class Gate(Protocol):
     def switch(self, node: NodeId, fd: int) -> None:
         """Files of `node` that the gate opened read `fd`, which stays the caller's, from now on."""
 
-    def arrange(self, directory: NodeId, names: Collection[bytes]) -> tuple[list[bytes], Sequence[int]]:
-        """`names` in the order in which they are to be listed, those that were not plain when they came
-        before the others, those that came later before all, and the offset behind each of them, which grows.
-        Where the gate lists, a name keeps its offset as long as the directory lives."""
-
     def list_names(
-        self, handle: int, directory: NodeId, parent: NodeId, names: list[bytes], fresh: bool
-    ) -> None:
-        """The open directory `handle` lists `names` (as arranged). `fresh`: a read from its start need not
-        look again."""
+        self, handle: int, directory: NodeId, parent: NodeId, names: Collection[bytes], fresh: bool
+    ) -> tuple[list[bytes], Sequence[int]]:
+        """The open directory `handle` lists `names`. `fresh`: a read from its start need not look again.
+
+        Returns them in the order in which they are to be listed (those that were not plain when they came
+        before the others, those that came later before all) and the offset behind each, which grows. Where
+        the gate lists, a name keeps its offset as long as the directory lives."""
 
     def lists_now(self, handle: int) -> bool:
-        """Whether what the open directory `handle` lists is what is there now: the kernel keeps each part of
-        a listing for all openers. True where the gate does not list, as the kernel keeps nothing then."""
+        """Whether what the open directory `handle` lists is what is there now. True where the gate does not
+        list."""
 
     def answers(self, directory: NodeId, name: bytes) -> bool:
         """Whether the gate answers for `name`."""
@@ -214,13 +212,10 @@ class NoGate:
     def switch(self, node: NodeId, fd: int) -> None:
         pass
 
-    def arrange(self, directory: NodeId, names: Collection[bytes]) -> tuple[list[bytes], Sequence[int]]:
-        return list(names), range(3, len(names) + 3)
-
     def list_names(
-        self, handle: int, directory: NodeId, parent: NodeId, names: list[bytes], fresh: bool
-    ) -> None:
-        pass
+        self, handle: int, directory: NodeId, parent: NodeId, names: Collection[bytes], fresh: bool
+    ) -> tuple[list[bytes], Sequence[int]]:
+        return list(names), range(3, len(names) + 3)
 
     def lists_now(self, handle: int) -> bool:
         return True

@@ -6,11 +6,9 @@
 #include <limits.h>
 #include <linux/fs.h>
 #include <linux/fuse.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/statvfs.h>
-#include <sys/sysmacros.h>
 #include <sys/uio.h>
 #include <sys/xattr.h>
 #include <unistd.h>
@@ -136,6 +134,21 @@ static enum verdict reply(struct gate *gate, const struct fuse_in_header *in, in
 {
 	gate_reply(gate->device, in->unique, error, payload, size);
 	return ANSWERED;
+}
+
+/* For `size` bytes of a reply, in `gate->reply`. */
+static bool make_room(struct gate *gate, size_t size)
+{
+	char *larger;
+
+	if (gate->reply_size >= size)
+		return true;
+	larger = realloc(gate->reply, size);
+	if (!larger)
+		return false;
+	gate->reply = larger;
+	gate->reply_size = size;
+	return true;
 }
 
 static void fill(struct fuse_attr *attr, const struct stat *st, uint64_t id)
@@ -269,15 +282,10 @@ static enum verdict forget_many(struct gate *gate, struct fuse_in_header *in, ch
 	return PASSED;
 }
 
-/* The name of a known object and a descriptor of its directory; -1: ask Python. */
+/* As facts_place. */
 static int place_of(struct gate *gate, const struct known *known, char text[256])
 {
-	struct directory *directory = known->directory;
-	const struct name *name = &directory->names[known->name];
-
-	memcpy(text, directory->text + name->text, name->length);
-	text[name->length] = '\0';
-	return facts_open_home(&gate->facts, &directory->homes[name->home]);
+	return facts_place(&gate->facts, known->directory, known->name, text);
 }
 
 static enum verdict readlink_of(struct gate *gate, const struct fuse_in_header *in)
@@ -431,14 +439,8 @@ static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *
 	if ((arg.offset == 0 && !listing->fresh) || listing->changes != directory->changes)
 		return PASSED;
 	room = arg.size < LISTING_MAX ? arg.size : LISTING_MAX;
-	if (gate->reply_size < room) {
-		char *larger = realloc(gate->reply, room);
-
-		if (!larger)
-			return PASSED;
-		gate->reply = larger;
-		gate->reply_size = room;
-	}
+	if (!make_room(gate, room))
+		return PASSED;
 	for (at = arg.offset; at < DOTS; at++) {
 		uint64_t ino = at == 0 ? listing->directory : listing->parent;
 
@@ -548,14 +550,8 @@ static enum verdict read_file(struct gate *gate, const struct fuse_in_header *in
 	}
 	if (arg.size > READ_MAX || arg.offset > INT64_MAX) /* preadv2 takes -1 for "where it is" */
 		return reply(gate, in, EINVAL, NULL, 0);
-	if (gate->reply_size < arg.size) {
-		char *larger = realloc(gate->reply, arg.size);
-
-		if (!larger)
-			return reply(gate, in, ENOMEM, NULL, 0);
-		gate->reply = larger;
-		gate->reply_size = arg.size;
-	}
+	if (!make_room(gate, arg.size))
+		return reply(gate, in, ENOMEM, NULL, 0);
 	part = (struct iovec){gate->reply, arg.size};
 	got = preadv2(fd, &part, 1, (off_t)arg.offset, RWF_NOWAIT);
 	if (got >= 0 && ((uint32_t)got == arg.size ||

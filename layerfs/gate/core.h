@@ -110,9 +110,9 @@ struct directory *facts_directory(const struct facts *facts, uint64_t id);
 /* Position in `names`, or -1: there is no such name. */
 int64_t facts_find(const struct facts *facts, const struct directory *directory, const char *name, size_t length);
 /*
- * What listings call the place behind a name; they are in its order, and it lasts as long as the directory does. The kernel
- * keeps one listing for all who open a directory, made by whoever reads on where it ends (fs/fuse/readdir.c,
- * fuse_add_dirent_to_cache), and goes on in it, by offset, for those who began with another one.
+ * What listings call the place behind a name; they are in its order, and it lasts as long as the directory does. Where the
+ * kernel keeps listings (`keeps_listings`) it has one for all who open a directory, made by whoever reads on where it
+ * ends (fs/fuse/readdir.c, fuse_add_dirent_to_cache), and goes on in it, by offset, for those who began with another.
  *
  * Names that came later are listed first, the last of them first of all: whoever makes or renames names while it lists
  * comes to an end.
@@ -132,8 +132,9 @@ void facts_give_back(struct directory *directory, uint32_t position, uint8_t kin
 
 /* lstat of a plain name. False: not as published (changed from outside, several links, an error): ask Python. */
 bool facts_stat(struct facts *facts, struct directory *directory, uint32_t name, struct stat *st);
-/* Descriptor of the lower directory of a plain name, or -1. Valid until the next call of anything here. */
-int facts_open_home(struct facts *facts, struct home *home);
+/* Where a plain name lies: a descriptor of its lower directory, or -1, and its name with the end that system calls want.
+ * Valid until the next call of anything here. */
+int facts_place(struct facts *facts, struct directory *directory, uint32_t name, char text[256]);
 
 /* The object of a plain name, made if need be; NULL: ask Python. */
 struct known *facts_know(struct facts *facts, struct directory *directory, uint32_t name);
@@ -220,7 +221,7 @@ struct gate {
 	 * fuse_add_dirent_to_cache), and passes for what is there now. */
 	bool keeps_listings;
 	bool holds_writes; /* every WRITE is Python's */
-	uint64_t init_unique, init_flags;
+	uint64_t init_flags; /* what the kernel offers */
 	uint64_t extra_init_flags; /* asked for beside libfuse's, where the kernel offers them */
 	uint64_t bytes_read, bytes_written;
 	uint64_t natively[OPCODES], passed[OPCODES];

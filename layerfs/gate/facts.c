@@ -305,7 +305,7 @@ void facts_give_back(struct directory *directory, uint32_t position, uint8_t kin
 
 /* -- objects -------------------------------------------------------------------------------------------------------- */
 
-int facts_open_home(struct facts *facts, struct home *home)
+static int open_home(struct facts *facts, struct home *home)
 {
 	struct open_how how = {
 		.flags = O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC,
@@ -340,11 +340,13 @@ bool facts_bare(int fd, const char *text)
 	return llistxattr(path, NULL, 0) == 0;
 }
 
-/* A copy of a name with the end that system calls want. */
-static void name_of(const struct directory *directory, const struct name *name, char text[256])
+int facts_place(struct facts *facts, struct directory *directory, uint32_t position, char text[256])
 {
+	const struct name *name = &directory->names[position];
+
 	memcpy(text, directory->text + name->text, name->length);
 	text[name->length] = '\0';
+	return open_home(facts, &directory->homes[name->home]);
 }
 
 bool facts_stat(struct facts *facts, struct directory *directory, uint32_t position, struct stat *st)
@@ -355,8 +357,7 @@ bool facts_stat(struct facts *facts, struct directory *directory, uint32_t posit
 
 	if (name->kind == NAME_ASK)
 		return false;
-	fd = facts_open_home(facts, &directory->homes[name->home]);
-	name_of(directory, name, text);
+	fd = facts_place(facts, directory, position, text);
 	if (fd < 0 || fstatat(fd, text, st, AT_SYMLINK_NOFOLLOW))
 		return false;
 	if (st->st_ino != name->real)

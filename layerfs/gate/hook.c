@@ -77,7 +77,6 @@ static void note_init(struct gate *gate, const struct fuse_in_header *in, const 
 	if (size < sizeof(*in))
 		return;
 	memcpy(&init, frame + sizeof(*in), body < sizeof(init) ? body : sizeof(init));
-	gate->init_unique = in->unique;
 	gate->init_flags = init.flags;
 	if (init.flags & FUSE_INIT_EXT)
 		gate->init_flags |= (uint64_t)init.flags2 << 32;

@@ -154,6 +154,12 @@ cdef void _carry(const void *frame, size_t size) noexcept with gil:
         gate_reply(_gate.device, (<const uint64_t *>frame)[1], _errno.EIO, NULL, 0)
 
 
+cdef int64_t _find(uint64_t id, bytes name, directory **found) noexcept:
+    """Position of a name in its directory, which becomes `found`; -1: not published, or no such name."""
+    found[0] = facts_directory(&_gate.facts, id)
+    return -1 if found[0] == NULL else facts_find(&_gate.facts, found[0], name, len(name))
+
+
 cdef _split(ns, timespec *into):
     # As Python's integers: nanoseconds of far years have more than 64 bits.
     seconds, left = divmod(ns, 1000000000)
@@ -171,7 +177,7 @@ cdef void _let_go(uint64_t id) noexcept with gil:
 
 
 cdef class NativeGate:
-    """Implements `layerfs.gate.Gate`. Raises OSError when there is no memory for it."""
+    """Implements `layerfs.gate.Gate`. Raises MemoryError when there is none for it."""
 
     #: called with a directory's node id that may be released now (`holds` was true before)
     cdef public object on_let_go
@@ -210,11 +216,6 @@ cdef class NativeGate:
         """Whether the mount does."""
         return bool(_gate.hooked)
 
-    @property
-    def device(self):
-        """Descriptor of the connection, or -1."""
-        return _gate.device
-
     def mind(self, loop: int):
         """`loop`: a descriptor that is readable when the event loop has something to do."""
         _gate.loop = loop
@@ -222,10 +223,6 @@ cdef class NativeGate:
     def carries(self, bint does):
         """Whether `on_carry` takes frames; else they are answered by ENOSYS."""
         _gate.carries = does
-
-    def ask_at_init(self, flags: int):
-        """Further flags for INIT's reply."""
-        _gate.extra_init_flags |= <uint64_t>flags
 
     def close(self):
         """After the mount. Replies of threads that still read go nowhere."""
@@ -364,20 +361,14 @@ cdef class NativeGate:
 
     def adopt(self, uint64_t id, bytes name):
         """Python makes a node of a name: the lookup count that it takes over, 0 when there is none."""
-        cdef directory *found = facts_directory(&_gate.facts, id)
-        cdef int64_t position
-        if found == NULL:
-            return 0
-        position = facts_find(&_gate.facts, found, name, len(name))
+        cdef directory *found
+        cdef int64_t position = _find(id, name, &found)
         return 0 if position < 0 else facts_adopt(&_gate.facts, found, <uint32_t>position)
 
     def entrust(self, uint64_t id, bytes name, uint64_t lookups):
-        cdef directory *found = facts_directory(&_gate.facts, id)
-        cdef int64_t position
+        cdef directory *found
+        cdef int64_t position = _find(id, name, &found)
         cdef known *object
-        if found == NULL:
-            return False
-        position = facts_find(&_gate.facts, found, name, len(name))
         if position < 0 or found.names[position].kind != NAME_PLAIN:
             return False
         object = facts_know(&_gate.facts, found, <uint32_t>position)
@@ -388,12 +379,10 @@ cdef class NativeGate:
 
     def give_back(self, uint64_t id, bytes name, bint is_dir):
         """Python let go of the node of a name that is what it was when it was published."""
-        cdef directory *found = facts_directory(&_gate.facts, id)
-        cdef int64_t position
-        if found != NULL:
-            position = facts_find(&_gate.facts, found, name, len(name))
-            if position >= 0:
-                facts_give_back(found, <uint32_t>position, NAME_PLAIN_DIRECTORY if is_dir else NAME_PLAIN)
+        cdef directory *found
+        cdef int64_t position = _find(id, name, &found)
+        if position >= 0:
+            facts_give_back(found, <uint32_t>position, NAME_PLAIN_DIRECTORY if is_dir else NAME_PLAIN)
 
     def lend(self, uint64_t handle, int fd, bint writes):
         """Files that Python opened may be read here, and written."""
@@ -413,57 +402,31 @@ cdef class NativeGate:
 
     # -- listing ----------------------------------------------------------------------------------
 
-    def arrange(self, uint64_t id, names):
-        """`names` in the order in which they are to be listed, and the offset of each: see `facts_offset`."""
-        cdef directory *found = facts_directory(&_gate.facts, id)
-        cdef int64_t position
-        cdef uint64_t offset, last_asked = 0, last_plain = 0
-        cdef bint sorted_ = True
-        if found == NULL:
-            return list(names), range(3, len(names) + 3)
-        asked, plain, asked_offsets, plain_offsets = [], [], [], []
-        for name in names:
-            position = facts_find(&_gate.facts, found, name, len(name))
-            if position < 0:
-                return list(names), range(3, len(names) + 3)
-            offset = facts_offset(found, <uint32_t>position)
-            if found.names[position].first:
-                asked.append(name)
-                asked_offsets.append(offset)
-                sorted_ = sorted_ and offset > last_asked
-                last_asked = offset
-            else:
-                plain.append(name)
-                plain_offsets.append(offset)
-                sorted_ = sorted_ and offset > last_plain
-                last_plain = offset
-        offsets = asked_offsets + plain_offsets
-        arranged = asked + plain
-        if not sorted_:
-            pairs = sorted(zip(offsets, arranged))
-            return [name for _, name in pairs], [offset for offset, _ in pairs]
-        return arranged, offsets
-
     def list_names(self, uint64_t handle, uint64_t id, uint64_t parent, names, bint fresh):
-        """`handle` lists `names` (as arranged) of a directory; `fresh`: its first read need not look again."""
+        """As `layerfs.gate.Gate`; for order and offsets see `facts_offset`."""
         cdef directory *found = facts_directory(&_gate.facts, id)
         cdef uint32_t *order
         cdef int64_t position
         cdef uint32_t count = 0
         if found == NULL:
-            return
-        order = <uint32_t *>malloc((len(names) + 1) * sizeof(uint32_t))
-        if order == NULL:
-            return
+            return list(names), range(3, len(names) + 3)
+        asked, plain = [], []
         for name in names:
             position = facts_find(&_gate.facts, found, name, len(name))
             if position < 0:
+                return list(names), range(3, len(names) + 3)
+            listed = (facts_offset(found, <uint32_t>position), position, name)
+            (asked if found.names[position].first else plain).append(listed)
+        arranged = asked + plain  # mostly in order: then sorting is one look
+        arranged.sort()
+        order = <uint32_t *>malloc((len(arranged) + 1) * sizeof(uint32_t))
+        if order != NULL:
+            for _, place, _ in arranged:
+                order[count] = place
+                count += 1
+            if not gate_list(&_gate, handle, id, parent, order, count, fresh):
                 free(order)
-                return
-            order[count] = <uint32_t>position
-            count += 1
-        if not gate_list(&_gate, handle, id, parent, order, count, fresh):
-            free(order)
+        return [name for _, _, name in arranged], [offset for offset, _, _ in arranged]
 
     def lists_now(self, uint64_t handle):
         """Whether what `handle` lists is what is there now; true when it lists nothing here."""
@@ -471,11 +434,8 @@ cdef class NativeGate:
 
     def answers(self, uint64_t id, bytes name):
         """Whether the gate would answer for a name."""
-        cdef directory *found = facts_directory(&_gate.facts, id)
-        cdef int64_t position
-        if found == NULL:
-            return False
-        position = facts_find(&_gate.facts, found, name, len(name))
+        cdef directory *found
+        cdef int64_t position = _find(id, name, &found)
         return position >= 0 and found.names[position].kind != NAME_ASK
 
     # -- looking in -------------------------------------------------------------------------------

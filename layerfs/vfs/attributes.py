@@ -84,7 +84,7 @@ class Attributes:
             if isinstance(node, File) and node.handles:
                 node.privileged = bool(change.mode & (stat.S_ISUID | stat.S_ISGID))
                 for handle in node.handles:
-                    self.tree.gate.lend(handle.id, handle.fd.fd, False)
+                    handle.lend(self.tree.gate, writes=False)
         if change.atime_ns is not None or change.mtime_ns is not None:
             st = os.fstat(target.fd)
             atime = change.atime_ns if change.atime_ns is not None else st.st_atime_ns

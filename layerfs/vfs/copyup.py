@@ -492,5 +492,5 @@ class CopyUp:
             return
         for handle in node.handles or ():
             handle.fd = fd
-            self.tree.gate.lend(handle.id, fd.fd, False)
+            handle.lend(self.tree.gate, writes=False)
         self.tree.gate.switch(node.id, fd.fd)

@@ -10,6 +10,7 @@ from functools import partial
 import trio
 
 from layerfs.fdutil import OwnedFd, copy_range, fallocate
+from layerfs.gate import Gate
 from layerfs.ids import HandleId
 from layerfs.upper.upper import Upper
 from layerfs.vfs import setid
@@ -32,7 +33,7 @@ _INLINE_WRITE = 64 << 10
 class Handle:
     """An open file. `fd` is replaced when the file is copied up."""
 
-    __slots__ = ("fd", "id", "node", "opener", "sync", "writable")
+    __slots__ = ("_lent", "fd", "id", "node", "opener", "sync", "writable")
 
     def __init__(self, id: HandleId, node: File, fd: OwnedFd, flags: int, opener: Caller) -> None:
         self.id = id
@@ -41,6 +42,14 @@ class Handle:
         self.opener = opener
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.sync = bool(flags & _SYNC)
+        #: what the gate has: the descriptor, and whether it writes
+        self._lent: tuple[OwnedFd, bool] | None = None
+
+    def lend(self, gate: Gate, *, writes: bool) -> None:
+        """Lets the gate read the file, and write it or no longer. Costs nothing when that is so already."""
+        if self._lent is None or self._lent[0] is not self.fd or self._lent[1] is not writes:
+            self._lent = self.fd, writes
+            gate.lend(self.id, self.fd.fd, writes)
 
 
 class DirectoryHandle:
@@ -133,7 +142,7 @@ class Files:
         before the copy-up), and O_SYNC takes a disk's time."""
         node = handle.node
         writes = handle.writable and not handle.sync and not node.privileged
-        self.tree.gate.lend(handle.id, handle.fd.fd, writes and node.real not in self.tree.shown_ctimes)
+        handle.lend(self.tree.gate, writes=writes and node.real not in self.tree.shown_ctimes)
 
     def release(self, id: int) -> None:
         handle = self._handles.pop(id, None)
@@ -288,9 +297,9 @@ class Files:
     async def _look(self, handle: DirectoryHandle, *, fresh: bool) -> None:
         node, gate = handle.node, self.tree.gate
         merged = await self.tree.load(node)
-        handle.names, handle.offsets = gate.arrange(node.id, merged.names)
         above = node.parent if node.parent is not None else node
-        gate.list_names(handle.id, node.id, above.id, handle.names, fresh)
+        listed = gate.list_names(handle.id, node.id, above.id, merged.names, fresh)
+        handle.names, handle.offsets = listed
 
     def release_directory(self, id: int) -> None:
         handle = self._directories.pop(id, None)

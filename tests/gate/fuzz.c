@@ -83,6 +83,9 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 	return 0;
 }
 
+/* Sent in this run. */
+static uint64_t requests;
+
 static void begin(uint8_t options)
 {
 	struct directory *directory;
@@ -91,6 +94,7 @@ static void begin(uint8_t options)
 	if (!gate_init(&gate, 4, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS))
 		abort();
 	gate.device = device;
+	requests = 0;
 	gate.keeps_listings = true;
 	gate.xattrs = options & 1;
 	gate.carries = options & 2;
@@ -144,7 +148,7 @@ static void feed_made(const uint8_t *data, size_t size)
 	if (size < 3)
 		return;
 	in.opcode = data[0];
-	in.unique = ++gate.init_unique * 2;
+	in.unique = ++requests * 2;
 	in.nodeid = data[1] < count ? BASE | reals[data[1]] : data[1] == 0xff ? 0 : ROOT;
 	handle = handles[data[2] % (sizeof(handles) / sizeof(*handles))];
 	if (in.opcode != FUSE_LOOKUP && in.opcode != FUSE_OPEN && in.opcode != FUSE_GETXATTR) {

@@ -4,6 +4,7 @@ and what they say must be the same."""
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 from tests.gate import frames as f
@@ -174,3 +175,16 @@ class Pair:
         assert counts.listings == len(twin.listings)
         for node, known in twin.known.items():
             assert self.core.known(node) == (known.lookups, known.directory.id)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(path))
+
+
+def sync_files(directory: Path) -> None:
+    """So that their st_blocks is final."""
+    for path in directory.iterdir():
+        if path.is_file():
+            with open(path) as file:
+                os.fsync(file)

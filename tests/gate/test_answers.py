@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import stat
 import struct
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.gate import frames as f
-from tests.gate.pair import LISTS_ROOT, ROOT, Pair
+from tests.gate.pair import LISTS_ROOT, ROOT, Pair, make_socket, sync_files
 from tests.gate.twin import KEEPS_SETID, NATIVE, READ_MAX, Answer, Home, Plain, Verdict
 
 BODY = f.OUT_HEADER.size
@@ -31,18 +30,14 @@ def lay_out(pair: Pair) -> Pair:
     (top / "other").write_bytes(bytes(5000))
     (top / "link").symlink_to("file")
     os.mkfifo(top / "pipe")
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(os.path.relpath(top / "socket"))
+    make_socket(top / "socket")
     (top / "twice").write_text("hard-linked")
     os.link(top / "twice", top / "again")
     (top / "marked").write_text("has an xattr")
     os.setxattr(top / "marked", "user.mark", b"1")
     (top / "directory").mkdir()
     (top / "asked").write_text("Python's")
-    for path in top.iterdir():
-        if path.is_file():
-            with open(path) as file:
-                os.fsync(file)  # st_blocks is final
+    sync_files(top)
     pair.publish(asked=(b"asked",))
     return pair
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import socket
 import struct
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from tests.gate import frames as f
-from tests.gate.pair import ROOT, Pair
+from tests.gate.pair import ROOT, Pair, make_socket, sync_files
 from tests.gate.twin import NATIVE, Verdict
 
 #: The merged directory of each id, below the first layer's root.
@@ -45,16 +44,12 @@ def lay_out(top: Path) -> None:
         (here / "big").write_bytes(random.Random(place).randbytes(9000))
         (here / "link").symlink_to("../somewhere")
         os.mkfifo(here / "pipe")
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(os.path.relpath(here / "socket"))
+        make_socket(here / "socket")
         (here / "twice").write_text("linked")
         os.link(here / "twice", here / "again")
         (here / "marked").write_text("marked")
         os.setxattr(here / "marked", "user.mark", b"1")
-        for path in here.iterdir():
-            if path.is_file():
-                with open(path) as file:
-                    os.fsync(file)  # st_blocks is final
+        sync_files(here)
 
 
 class Program(RuleBasedStateMachine):
