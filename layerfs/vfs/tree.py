@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 #: about 1,000 names.
 _THREAD_ABOVE = 32 << 10
 NAME_MAX = 255
-#: Bytes of a path that one system call takes.
+#: Bytes of a path that one system call takes, and of a link's target.
 PATH_MAX = 4096
 
 
@@ -60,6 +60,23 @@ class Attributes:
     nlink: int
     ctime_ns: int
     blocks: int
+
+
+class _InUse:
+    """As a context: a node stays though its caller awaits."""
+
+    __slots__ = ("_node", "_tree")
+
+    def __init__(self, tree: Tree, node: Node) -> None:
+        self._tree = tree
+        self._node = node
+
+    def __enter__(self) -> None:
+        self._node.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._node.users -= 1
+        self._tree.release(self._node)
 
 
 class Tree:
@@ -126,6 +143,9 @@ class Tree:
         if not isinstance(node, File):
             fail(errno.EISDIR)
         return node
+
+    def in_use(self, node: Node) -> _InUse:
+        return _InUse(self, node)
 
     def forget(self, id: int, count: int) -> None:
         node = self.nodes.get(NodeId(id))

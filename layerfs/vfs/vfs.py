@@ -21,7 +21,7 @@ from layerfs.fdutil import fd_path
 from layerfs.gate import Gate
 from layerfs.ids import NodeId
 from layerfs.overlay import override
-from layerfs.overlay.owners import Owners
+from layerfs.overlay.owners import CAPABILITY, Owners
 from layerfs.stack import Stack
 from layerfs.upper.upper import Upper
 from layerfs.vfs import inode_flags, kernel_index
@@ -37,15 +37,12 @@ from layerfs.vfs.namespace import Namespace, New
 from layerfs.vfs.node import Directory, File, Node
 from layerfs.vfs.rename import Rename
 from layerfs.vfs.tally import Tally
-from layerfs.vfs.tree import Attributes, Tree, fail
+from layerfs.vfs.tree import PATH_MAX, Attributes, Tree, fail
 
 if TYPE_CHECKING:
     from layerfs.vfs.flatten import Flattened
 
-#: File capabilities (capabilities(7)).
-CAPABILITY = b"security.capability"
-#: As long as a link's target can be.
-PATH_MAX = 4096
+_CAPABILITY = os.fsencode(CAPABILITY)
 _F = TypeVar("_F", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 __all__ = ["Attributes", "Caller", "Change", "DirectoryHandle", "Handle", "New", "Vfs"]
@@ -267,12 +264,9 @@ class Vfs:
     @_changes()
     async def link(self, id: int, parent: int, name: bytes, caller: Caller) -> Attributes:
         node = self.tree.file(id)
-        node.users += 1
-        try:
+        with self.tree.in_use(node):
             await self._write().names.link(node, self.tree.directory(parent), name, caller)
             return await self._born(node)
-        finally:
-            node.users -= 1
 
     @_changes()
     async def unlink(self, parent: int, name: bytes, caller: Caller) -> None:
@@ -295,13 +289,9 @@ class Vfs:
     @_changes()
     async def setattr(self, id: int, change: Change, caller: Caller) -> Attributes:
         node = self.tree.node(id)
-        node.users += 1
-        try:
+        with self.tree.in_use(node):
             await self._write().attributes.set(node, change, caller)
             return await self.tree.attributes(node)
-        finally:
-            node.users -= 1
-            self.tree.release(node)
 
     async def birth_time(self, id: int) -> int | None:
         """In ns since 1970; None where the object's layer does not say."""
@@ -319,12 +309,8 @@ class Vfs:
     @_changes()
     async def _set_flags(self, id: int, command: int, value: bytes, caller: Caller) -> None:
         node = self.tree.node(id)
-        node.users += 1
-        try:
+        with self.tree.in_use(node):
             await self._write().attributes.set_flags(node, command, value, caller)
-        finally:
-            node.users -= 1
-            self.tree.release(node)
 
     def _check_xattrs(self) -> None:
         if not self._xattrs:
@@ -335,7 +321,7 @@ class Vfs:
         try:
             return get_xattr(self.tree, self.tree.node(id), name)
         except OSError as error:
-            if error.errno == errno.ENODATA and name == CAPABILITY:
+            if error.errno == errno.ENODATA and name == _CAPABILITY:
                 self.tree.gate.tell_no_capability(NodeId(id))
             raise
 
@@ -347,23 +333,15 @@ class Vfs:
     async def setxattr(self, id: int, name: bytes, value: bytes, caller: Caller) -> None:
         self._check_xattrs()
         node = self.tree.node(id)
-        node.users += 1
-        try:
+        with self.tree.in_use(node):
             await self._write().attributes.set_xattr(node, name, value, caller)
-        finally:
-            node.users -= 1
-            self.tree.release(node)
 
     @_changes()
     async def removexattr(self, id: int, name: bytes, caller: Caller) -> None:
         self._check_xattrs()
         node = self.tree.node(id)
-        node.users += 1
-        try:
+        with self.tree.in_use(node):
             await self._write().attributes.remove_xattr(node, name, caller)
-        finally:
-            node.users -= 1
-            self.tree.release(node)
 
     # -- data -------------------------------------------------------------------------------------
 
@@ -374,12 +352,8 @@ class Vfs:
 
     async def _open(self, id: int, flags: int, caller: Caller) -> Handle:
         node = self.tree.file(id)
-        node.users += 1
-        try:
+        with self.tree.in_use(node):
             return await self.files.open(node, flags, caller)
-        finally:
-            node.users -= 1
-            self.tree.release(node)
 
     _open_for_writing = _changes(opens=True)(_open)
 
