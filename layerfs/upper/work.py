@@ -88,8 +88,15 @@ class WorkDir:
         os.makedirs(at_path(self.fd.fd, b"incompat/volatile"), 0o700)
 
     def clear_volatile(self) -> None:
-        """The mount ended cleanly and everything was written: the upper may be trusted again."""
-        remove_tree(self.fd.fd, b"incompat")
+        """The mount ended cleanly and everything was written: the upper may be trusted again.
+
+        Makes nothing, not even for a moment: umount has returned, and buildah may be removing the work
+        directory. Raises OSError."""
+        for name in (b"incompat/volatile", b"incompat"):
+            try:
+                os.rmdir(name, dir_fd=self.fd.fd)
+            except FileNotFoundError:
+                pass
 
     def temporary(self) -> bytes:
         """A name in `fd` that is not in use. The kernel's form: `#` and a number."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.posix.calls import IN_CREATE, IN_MOVED_TO, Inotify
 from tests.support import mounts
 from tests.support.mounts import KernelOverlay, Layerfs
 from tests.support.stack import Dir, File, Hardlink, Stack
@@ -260,6 +261,22 @@ def test_volatile_of_the_kernel_is_respected(stack: Stack, kernel_overlay: None)
     done = m.run(*m.command())
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "volatile" in done.stderr
     assert (stack.work / MARK).is_dir()
+
+
+def test_the_end_makes_nothing_in_the_work_directory(stack: Stack) -> None:
+    """umount returns before the daemon has ended, and buildah removes the work directory of a volatile mount
+    then: whatever the end made there, even for a moment, would fail its rmdir."""
+    assert stack.work is not None
+    with Layerfs(stack, "volatile") as m:
+        (m.mnt / "new").write_text("new")
+        watches = [
+            Inotify(directory, IN_CREATE | IN_MOVED_TO)
+            for directory in (stack.work, stack.work / "work", stack.work / "layerfs")
+        ]
+    assert not (stack.work / "work" / "incompat").exists()
+    for watch in watches:
+        with watch:
+            assert watch.events() == []
 
 
 def test_volatile_that_ended_well(stack: Stack, kernel_overlay: None) -> None:
