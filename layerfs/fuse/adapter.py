@@ -326,7 +326,9 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         mode = stat.S_IMODE(mode) | stat.S_IFREG
         handle, attributes = await self.vfs.create(parent_inode, name, mode, flags, self._caller(ctx))
-        return FileInfo(fh=handle.id, keep_cache=True), _entry(attributes)
+        # Where files are opened without asking, no other of its requests bears a handle either.
+        fh = handle.id if self.vfs.unasked is None else 0
+        return FileInfo(fh=fh, keep_cache=True), _entry(attributes)
 
     @_errors
     async def read(self, fh: int, off: int, size: int) -> bytes:

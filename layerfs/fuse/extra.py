@@ -23,6 +23,8 @@ from layerfs.vfs.vfs import Attributes, Caller, Vfs
 
 log = logging.getLogger("layerfs.fuse")
 
+READ: Final = 15
+WRITE: Final = 16
 FSYNC: Final = 20
 IOCTL: Final = 39
 FALLOCATE: Final = 43
@@ -34,6 +36,10 @@ COPY_FILE_RANGE_64: Final = 53
 
 #: len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
 _IN_HEADER: Final = struct.Struct("=IIQQIIIHH")
+#: fh, offset, size, read_flags, lock_owner, flags, padding
+_READ_IN: Final = struct.Struct("=QQIIQII")
+#: fh, offset, size, write_flags, lock_owner, flags, padding; size bytes follow
+_WRITE_IN: Final = struct.Struct("=QQIIQII")
 #: fh, flags, cmd, arg, in_size, out_size; in_size bytes follow
 _IOCTL_IN: Final = struct.Struct("=QIIQII")
 #: fh, offset, length, mode, padding
@@ -74,12 +80,15 @@ _NATIVE_HANDLE: Final = 1 << 63
 _MOST_COPIED: Final = 0xFFFFF000
 _FOPEN_KEEP_CACHE: Final = 1 << 1
 _FSYNC_FDATASYNC: Final = 1 << 0
+_WRITE_CACHE: Final = 1 << 0
+_WRITE_KILL_SUIDGID: Final = 1 << 2
 _STATX_BASIC_STATS: Final = 0x7FF
 _STATX_BTIME: Final = 0x800
 _SECOND: Final = 1_000_000_000
 
+Payload = bytes | memoryview
 #: Answers a request: unique, errno or 0, payload. Exactly once for each frame.
-Reply = Callable[[int, int, bytes], None]
+Reply = Callable[[int, int, Payload], None]
 
 
 class _Carrier(Protocol):
@@ -87,7 +96,7 @@ class _Carrier(Protocol):
 
     __name__: str
 
-    def __call__(self, node: int, caller: Caller, body: bytes, /) -> Awaitable[bytes]: ...
+    def __call__(self, node: int, caller: Caller, body: bytes, /) -> Awaitable[Payload]: ...
 
 
 class Extra:
@@ -98,6 +107,8 @@ class Extra:
         self._reply = reply
         self._counters = counters
         self._carriers: dict[int, _Carrier] = {
+            READ: self._read,
+            WRITE: self._write,
             FSYNC: self._fsync,
             IOCTL: self._ioctl,
             FALLOCATE: self._fallocate,
@@ -109,16 +120,17 @@ class Extra:
         }
 
     async def handle(self, frame: bytes) -> None:
-        """Answers one request. File handles in it are those that Vfs gave out, but for the source of a copy
-        and the file of an FSYNC. OSError becomes the caller's errno; anything else is our bug: logged with
-        its traceback, EIO for the caller.
+        """Answers one request. File handles in it are those that Vfs gave out, or 0 where it gives out none,
+        but for the source of a copy and the file of an FSYNC. OSError becomes the caller's errno; anything
+        else is our bug: logged with its traceback, EIO for the caller.
         """
         _, opcode, unique, node, uid, gid, pid, _, _ = _IN_HEADER.unpack_from(frame)
         carrier = self._carriers.get(opcode)
         if carrier is None:
             self._reply(unique, errno.ENOSYS, b"")
             return
-        error, payload, started = 0, b"", perf_counter_ns()
+        payload: Payload = b""
+        error, started = 0, perf_counter_ns()
         try:
             payload = await carrier(node, Caller(uid, gid, pid), frame[_IN_HEADER.size :])
         except OSError as failure:
@@ -142,14 +154,36 @@ class Extra:
         argument = body[_IOCTL_IN.size : _IOCTL_IN.size + in_size]
         return _IOCTL_OUT.pack(0, 0, 0, 0) + await self.vfs.ioctl(node, command, argument, caller)
 
+    async def _read(self, node: int, caller: Caller, body: bytes) -> Payload:
+        handle, offset, size, *_ = _READ_IN.unpack_from(body)
+        async with self._file(node, handle, caller) as handle:
+            return await self.vfs.files.read(handle, offset, size)
+
+    async def _write(self, node: int, caller: Caller, body: bytes) -> bytes:
+        handle, offset, size, how, _, flags, _ = _WRITE_IN.unpack_from(body)
+        data = memoryview(body)[_WRITE_IN.size : _WRITE_IN.size + size]
+        async with self._file(node, handle, caller, writes=True) as handle:
+            written = await self.vfs.write(
+                handle,
+                offset,
+                data,
+                keeps_setid=not how & _WRITE_KILL_SUIDGID,
+                sync=flags & os.O_SYNC,
+                # Write-back is on nobody's behalf.
+                writer=None if how & _WRITE_CACHE else caller,
+            )
+        return _WRITE_OUT.pack(written, 0)
+
     async def _fallocate(self, node: int, caller: Caller, body: bytes) -> bytes:
         handle, offset, length, mode, _ = _FALLOCATE_IN.unpack_from(body)
-        await self.vfs.allocate(handle, mode, offset, length, caller)
+        async with self._file(node, handle, caller, writes=True) as handle:
+            await self.vfs.allocate(handle, mode, offset, length, caller)
         return b""
 
     async def _lseek(self, node: int, caller: Caller, body: bytes) -> bytes:
         handle, offset, whence, _ = _LSEEK_IN.unpack_from(body)
-        return _LSEEK_OUT.pack(await self.vfs.seek(handle, offset, whence))
+        async with self._file(node, handle, caller) as handle:
+            return _LSEEK_OUT.pack(await self.vfs.seek(handle, offset, whence))
 
     async def _copy_file_range(self, node: int, caller: Caller, body: bytes) -> bytes:
         return _WRITE_OUT.pack(await self._copy(node, caller, body, _MOST_COPIED), 0)
@@ -158,21 +192,30 @@ class Extra:
         return _COPY_FILE_RANGE_OUT.pack(await self._copy(node, caller, body, 1 << 63))
 
     async def _copy(self, node: int, caller: Caller, body: bytes, most: int) -> int:
-        source, offset, _, target, target_offset, length, flags = _COPY_FILE_RANGE_IN.unpack_from(body)
+        source, offset, into, target, target_offset, length, flags = _COPY_FILE_RANGE_IN.unpack_from(body)
         if flags:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        async with self._known(node, source, caller) as handle:
-            return await self.vfs.copy(handle, offset, target, target_offset, min(length, most), caller)
+        async with (
+            self._file(into, target, caller, writes=True) as target,
+            self._file(node, source, caller) as source,
+        ):
+            return await self.vfs.copy(source, offset, target, target_offset, min(length, most), caller)
 
     async def _fsync(self, node: int, caller: Caller, body: bytes) -> bytes:
         handle, flags, _ = _FSYNC_IN.unpack_from(body)
-        async with self._known(node, handle, caller) as handle:
+        async with self._file(node, handle, caller) as handle:
             await self.vfs.fsync(handle, bool(flags & _FSYNC_FDATASYNC))
         return b""
 
     @asynccontextmanager
-    async def _known(self, node: int, handle: int, caller: Caller) -> AsyncIterator[int]:
-        """A handle of Vfs for a file that is open for reading."""
+    async def _file(
+        self, node: int, handle: int, caller: Caller, *, writes: bool = False
+    ) -> AsyncIterator[int]:
+        """A handle of Vfs for the file that a request means. One that the gate opened is for reading."""
+        if self.vfs.unasked is not None and not handle:
+            with self.vfs.unasked.using(await self.vfs.attend(node, caller, writes=writes)) as id:
+                yield id
+            return
         if not handle & _NATIVE_HANDLE:
             yield handle
             return
@@ -187,7 +230,8 @@ class Extra:
         caller = Caller(caller.uid, caller.gid, caller.pid, umask)
         mode = stat.S_IMODE(mode) | stat.S_IFREG
         handle, attributes = await self.vfs.tmpfile(node, mode, flags, caller)
-        return _entry_out(attributes) + _OPEN_OUT.pack(handle.id, _FOPEN_KEEP_CACHE, 0)
+        id = handle.id if self.vfs.unasked is None else 0
+        return _entry_out(attributes) + _OPEN_OUT.pack(id, _FOPEN_KEEP_CACHE, 0)
 
     async def _statx(self, node: int, caller: Caller, body: bytes) -> bytes:
         attributes = await self.vfs.getattr(node)

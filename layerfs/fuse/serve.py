@@ -105,6 +105,7 @@ async def _main(
             owners=config.owners,
             xattrs=config.xattrs,
             gate=native,
+            unasked=max(16, _pool_capacity() // 2) if native is not None else 0,
         )
         if native is not None:
             native.on_let_go = operations.vfs.tree.let_go
@@ -188,6 +189,7 @@ def _native_gate(config: StackConfig, stack: Stack) -> Any:
         statfs=stack.layers[0].fd.fd,
         xattrs=config.xattrs,
         read_only=config.read_only or stack.upper is None,
+        openless=True,
     )
     if native is not None:
         native.arm()
@@ -203,7 +205,7 @@ def _choice(config: StackConfig, native: Any) -> Choice:
             "switched off" if config.gate is False else gate.unavailable or "this libfuse does not let it in"
         )
         return Choice("python", "pyfuse3 alone answers: there is no gate", False, why)
-    why = "the kernel keeps pages; the gate reads, and writes what is small, itself"
+    why = "the kernel keeps pages and opens files without asking; the gate reads, and writes what is small"
     return Choice("cached", why, True, "it was built, and libfuse lets it in")
 
 

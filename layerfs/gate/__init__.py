@@ -105,11 +105,14 @@ class Gate(Protocol):
         """Python has let go of the node of a name that is what it was when it was published."""
 
     def lend(self, handle: int, fd: int, writes: bool) -> None:
-        """The open file `handle` may be read through `fd`, which stays the caller's; `writes`: written, too.
-        Said again: through another descriptor."""
+        """The open file `handle` (a node id, where files are opened without asking) may be read through `fd`,
+        which stays the caller's; `writes`: written, too. Said again: through another descriptor."""
 
     def take_back(self, handle: int) -> None:
-        """That ends; before the handle is closed at the latest."""
+        """That ends; before the descriptor is closed at the latest."""
+
+    def was_used(self, handle: int) -> bool:
+        """Whether what was lent was read or written since this was asked last."""
 
     def hold_writes(self, held: bool) -> None:
         """Whether Python must see every WRITE."""
@@ -206,6 +209,9 @@ class NoGate:
     def take_back(self, handle: int) -> None:
         pass
 
+    def was_used(self, handle: int) -> bool:
+        return False
+
     def hold_writes(self, held: bool) -> None:
         pass
 
@@ -255,8 +261,12 @@ def import_pyfuse3() -> None:
         unavailable = None
 
 
-def make(descriptors: int, resolve: int, *, statfs: int, xattrs: bool, read_only: bool) -> Any:
+def make(
+    descriptors: int, resolve: int, *, statfs: int, xattrs: bool, read_only: bool, openless: bool
+) -> Any:
     """The process's native gate (`native.NativeGate`), or None: see `unavailable`. Raises MemoryError."""
     if _native is None:
         return None
-    return _native.NativeGate(descriptors, resolve, statfs=statfs, xattrs=xattrs, read_only=read_only)
+    return _native.NativeGate(
+        descriptors, resolve, statfs=statfs, xattrs=xattrs, read_only=read_only, openless=openless
+    )

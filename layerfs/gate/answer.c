@@ -50,12 +50,7 @@ void gate_free(struct gate *gate)
 		free(gate->told.slots[at].value);
 	map_free(&gate->told);
 	for (size_t at = 0; gate->lent.slots && at <= gate->lent.mask; at++)
-		if (gate->lent.slots[at].key) {
-			struct lent *lent = gate->lent.slots[at].value;
-
-			close(lent->fd);
-			free(lent);
-		}
+		free(gate->lent.slots[at].value);
 	map_free(&gate->lent);
 	map_free(&gate->listings);
 	map_free(&gate->asked);
@@ -90,32 +85,29 @@ bool gate_lend(struct gate *gate, uint64_t handle, int fd, bool writes)
 {
 	struct lent *lent = map_get(&gate->lent, handle);
 
-	if (lent) {
-		/* The number stays: a reader's thread may be about to use it. */
-		lent->writes = writes;
-		return dup3(fd, lent->fd, O_CLOEXEC) >= 0;
+	if (!lent) {
+		lent = malloc(sizeof(*lent));
+		if (!lent || !map_put(&gate->lent, handle, lent)) {
+			free(lent);
+			return false;
+		}
 	}
-	if (gate->lent.used + gate->files.open >= gate->files.limit)
-		return false;
-	lent = malloc(sizeof(*lent));
-	if (!lent)
-		return false;
-	*lent = (struct lent){fcntl(fd, F_DUPFD_CLOEXEC, 3), writes};
-	if (lent->fd >= 0 && map_put(&gate->lent, handle, lent))
-		return true;
-	if (lent->fd >= 0)
-		close(lent->fd);
-	free(lent);
-	return false;
+	*lent = (struct lent){fd, writes, true};
+	return true;
 }
 
 void gate_take_back(struct gate *gate, uint64_t handle)
 {
-	struct lent *lent = map_take(&gate->lent, handle);
+	free(map_take(&gate->lent, handle));
+}
 
-	if (lent)
-		close(lent->fd);
-	free(lent);
+uint64_t gate_adopt(struct gate *gate, struct directory *directory, uint32_t position)
+{
+	const struct name *name = &directory->names[position];
+
+	if (name->kind != NAME_ASK)
+		files_drop(&gate->files, directory->homes[name->home].base | name->real);
+	return facts_adopt(&gate->facts, directory, position);
 }
 
 /* -- replies -------------------------------------------------------------------------------------------------------- */
@@ -184,9 +176,12 @@ static struct fuse_entry_out entry_of(const struct stat *st, uint64_t id)
 
 static void forget(struct gate *gate, struct known *known, uint64_t count)
 {
-	uint64_t directory = known->directory->id;
+	uint64_t directory = known->directory->id, id = known->id;
+	bool let_go = facts_unknow(&gate->facts, known, count);
 
-	if (facts_unknow(&gate->facts, known, count) && gate->let_go)
+	if (!map_has(&gate->facts.known, id))
+		files_drop(&gate->files, id);
+	if (let_go && gate->let_go)
 		gate->let_go(directory);
 }
 
@@ -487,41 +482,78 @@ static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *
 
 /* -- data ----------------------------------------------------------------------------------------------------------- */
 
-static enum verdict open_file(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
+/* Opens a known regular file for reading; -1: Python must. */
+static int open_known(struct gate *gate, const struct known *known)
 {
-	struct known *known = map_get(&gate->facts.known, in->nodeid);
-	struct fuse_open_in arg;
-	struct fuse_open_out out = {.open_flags = FOPEN_KEEP_CACHE};
 	struct stat st;
 	char text[256];
 	int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
 	int home, fd;
 
-	if (!known || size < sizeof(arg))
-		return PASSED;
-	memcpy(&arg, body, sizeof(arg));
-	if ((arg.flags & O_ACCMODE) != O_RDONLY || arg.flags & O_TRUNC)
-		return PASSED;
 	if (!facts_stat(&gate->facts, known->directory, known->name, &st) || !S_ISREG(st.st_mode))
-		return PASSED;
-	if (gate->lent.used + gate->files.open >= gate->files.limit)
-		return PASSED;
+		return -1;
 	if ((home = place_of(gate, known, text)) < 0)
-		return PASSED;
+		return -1;
 	fd = openat(home, text, flags | O_NOATIME);
 	if (fd < 0 && errno == EPERM)
 		fd = openat(home, text, flags);
 	if (fd < 0)
-		return PASSED;
+		return -1;
 	/* Data of a file with the metacopy mark lie elsewhere; and it may be another file by now. */
-	if (fstat(fd, &st) || !S_ISREG(st.st_mode) || (known->id & ((UINT64_C(1) << 48) - 1)) != st.st_ino ||
-	    flistxattr(fd, NULL, 0) != 0 || !(out.fh = files_add(&gate->files, known->id, fd))) {
+	if (!fstat(fd, &st) && S_ISREG(st.st_mode) && (known->id & ((UINT64_C(1) << 48) - 1)) == st.st_ino &&
+	    flistxattr(fd, NULL, 0) == 0)
+		return fd;
+	close(fd);
+	return -1;
+}
+
+static enum verdict open_file(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
+{
+	struct known *known = map_get(&gate->facts.known, in->nodeid);
+	struct fuse_open_in arg;
+	struct fuse_open_out out = {.open_flags = FOPEN_KEEP_CACHE};
+	int fd;
+
+	if (gate->openless)
+		return reply(gate, in, ENOSYS, NULL, 0);
+	if (!known || size < sizeof(arg))
+		return PASSED;
+	memcpy(&arg, body, sizeof(arg));
+	if ((arg.flags & O_ACCMODE) != O_RDONLY || arg.flags & O_TRUNC || gate->files.open >= gate->files.limit)
+		return PASSED;
+	fd = open_known(gate, known);
+	if (fd < 0)
+		return PASSED;
+	if (!(out.fh = files_add(&gate->files, known->id, fd))) {
 		close(fd);
 		return PASSED;
 	}
 	if (gate_reply(gate->device, in->unique, 0, &out, sizeof(out)))
 		files_close(&gate->files, out.fh);
 	return ANSWERED;
+}
+
+/* What a message without a handle means; -1: Python knows. */
+static int descriptor_of(struct gate *gate, uint64_t node)
+{
+	struct lent *lent = map_get(&gate->lent, node);
+	struct known *known;
+	int fd;
+
+	if (lent) {
+		lent->used = true;
+		return lent->fd;
+	}
+	fd = files_kept(&gate->files, node);
+	if (fd >= 0)
+		return fd;
+	known = map_get(&gate->facts.known, node);
+	fd = known ? open_known(gate, known) : -1;
+	if (fd >= 0 && !files_keep(&gate->files, node, fd)) {
+		close(fd);
+		fd = -1;
+	}
+	return fd;
 }
 
 static enum verdict read_file(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
@@ -537,7 +569,11 @@ static enum verdict read_file(struct gate *gate, const struct fuse_in_header *in
 	if (size < sizeof(arg))
 		return PASSED;
 	memcpy(&arg, body, sizeof(arg));
-	if (arg.fh & NATIVE_HANDLE) {
+	if (gate->openless && !arg.fh) {
+		fd = descriptor_of(gate, in->nodeid);
+		if (fd < 0)
+			return CARRIED;
+	} else if (arg.fh & NATIVE_HANDLE) {
 		file = files_get(&gate->files, arg.fh);
 		if (!file)
 			return reply(gate, in, EBADF, NULL, 0);
@@ -561,8 +597,7 @@ static enum verdict read_file(struct gate *gate, const struct fuse_in_header *in
 	}
 	if (got < 0 && errno != EAGAIN && errno != EOPNOTSUPP)
 		return reply(gate, in, errno, NULL, 0);
-	if (!reader_read(gate->device, in->unique, fd, arg.offset, arg.size))
-		return reply(gate, in, ENOMEM, NULL, 0);
+	reader_read(gate->device, in->unique, fd, arg.offset, arg.size);
 	gate->bytes_read += arg.size; /* fewer at the end of the file */
 	return ANSWERED;
 }
@@ -586,15 +621,19 @@ static enum verdict write_file(struct gate *gate, const struct fuse_in_header *i
 	struct fuse_write_in arg;
 	struct fuse_write_out out = {0};
 	struct lent *lent;
+	bool openless, synced;
 
 	if (size < sizeof(arg))
 		return PASSED;
 	memcpy(&arg, body, sizeof(arg));
-	lent = gate->holds_writes ? NULL : map_get(&gate->lent, arg.fh);
-	if (!lent || !lent->writes || arg.size > WRITE_MAX || size - sizeof(arg) < arg.size)
-		return pass_write(gate, &arg, body);
-	if (pwrite(lent->fd, body + sizeof(arg), arg.size, (off_t)arg.offset) != (ssize_t)arg.size)
-		return pass_write(gate, &arg, body);
+	openless = gate->openless && !arg.fh;
+	/* Of a file that Python opened with them it is not lent. */
+	synced = openless && arg.flags & (O_SYNC | O_DSYNC);
+	lent = gate->holds_writes || synced ? NULL : map_get(&gate->lent, openless ? in->nodeid : arg.fh);
+	if (!lent || !lent->writes || arg.size > WRITE_MAX || size - sizeof(arg) < arg.size ||
+	    pwrite(lent->fd, body + sizeof(arg), arg.size, (off_t)arg.offset) != (ssize_t)arg.size)
+		return openless ? CARRIED : pass_write(gate, &arg, body);
+	lent->used = true;
 	gate->bytes_written += arg.size;
 	out.size = arg.size;
 	return reply(gate, in, 0, &out, sizeof(out));
@@ -615,19 +654,52 @@ static enum verdict release(struct gate *gate, const struct fuse_in_header *in, 
 	return reply(gate, in, 0, NULL, 0);
 }
 
+static enum verdict seek(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size, int fd)
+{
+	struct fuse_lseek_in arg;
+	struct fuse_lseek_out out;
+	off_t offset;
+
+	if (size < sizeof(arg))
+		return reply(gate, in, EINVAL, NULL, 0);
+	memcpy(&arg, body, sizeof(arg));
+	if (arg.whence != SEEK_DATA && arg.whence != SEEK_HOLE) /* the kernel knows the others itself */
+		return reply(gate, in, EINVAL, NULL, 0);
+	offset = lseek(fd, (off_t)arg.offset, (int)arg.whence);
+	if (offset < 0)
+		return reply(gate, in, errno, NULL, 0);
+	out.offset = (uint64_t)offset;
+	return reply(gate, in, 0, &out, sizeof(out));
+}
+
+/* The same of a file that the kernel opened without asking. */
+static enum verdict on_node(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
+{
+	int fd;
+
+	switch (in->opcode) {
+	case FUSE_FLUSH: /* as Python says */
+		return reply(gate, in, ENOSYS, NULL, 0);
+	case FUSE_FSYNC: /* nothing of a lower was written */
+		return map_has(&gate->facts.known, in->nodeid) ? reply(gate, in, 0, NULL, 0) : CARRIED;
+	default:
+		fd = descriptor_of(gate, in->nodeid);
+		return fd < 0 ? CARRIED : seek(gate, in, body, size, fd);
+	}
+}
+
 /* FSYNC, FLUSH, LSEEK of a file that was opened here. FLUSH and FSYNC have nothing to do: what was written was written
  * through other handles. */
 static enum verdict on_file(struct gate *gate, const struct fuse_in_header *in, const void *body, size_t size)
 {
-	struct fuse_lseek_in seek;
-	struct fuse_lseek_out out;
 	struct file *file;
 	uint64_t handle;
-	off_t offset;
 
 	if (size < sizeof(handle))
 		return PASSED;
 	memcpy(&handle, body, sizeof(handle));
+	if (gate->openless && !handle)
+		return on_node(gate, in, body, size);
 	if (!(handle & NATIVE_HANDLE))
 		return in->opcode == FUSE_LSEEK ? CARRIED : PASSED;
 	file = files_get(&gate->files, handle);
@@ -637,16 +709,7 @@ static enum verdict on_file(struct gate *gate, const struct fuse_in_header *in, 
 		return reply(gate, in, ENOSYS, NULL, 0);
 	if (in->opcode == FUSE_FSYNC) /* Python knows whether the file lies in the upper by now */
 		return map_has(&gate->facts.known, file->node) || !gate->carries ? reply(gate, in, 0, NULL, 0) : CARRIED;
-	if (size < sizeof(seek))
-		return reply(gate, in, EINVAL, NULL, 0);
-	memcpy(&seek, body, sizeof(seek));
-	if (seek.whence != SEEK_DATA && seek.whence != SEEK_HOLE) /* the kernel knows the others itself */
-		return reply(gate, in, EINVAL, NULL, 0);
-	offset = lseek(file->fd, (off_t)seek.offset, (int)seek.whence);
-	if (offset < 0)
-		return reply(gate, in, errno, NULL, 0);
-	out.offset = (uint64_t)offset;
-	return reply(gate, in, 0, &out, sizeof(out));
+	return seek(gate, in, body, size, file->fd);
 }
 
 /* Flags and attributes of inodes are Python's; everything else is none that a file has. Every open() of Python's asks

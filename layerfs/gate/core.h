@@ -153,12 +153,14 @@ uint64_t facts_adopt(struct facts *facts, struct directory *directory, uint32_t 
 struct file {
 	uint64_t node;
 	int fd;
+	bool used; /* since `files_keep` last looked for one to close */
 };
 
 struct files {
 	struct file *table;
 	uint32_t *vacant;
-	uint32_t count, capacity, vacancies, limit, open;
+	struct map kept; /* node id -> position in `table` + 1, of those that nobody opened */
+	uint32_t count, capacity, vacancies, limit, open, hand;
 };
 
 /* A handle for `fd`, or 0: no room. */
@@ -168,9 +170,17 @@ void files_close(struct files *files, uint64_t handle);
 /* All files of `node` read `fd` from now on, which stays the caller's. Number of files; -1 with errno. */
 int files_switch(struct files *files, uint64_t node, int fd);
 void files_free(struct files *files);
+/*
+ * Where the kernel opens files without asking (`gate.openless`) a descriptor is kept for each node that is read, as long as there is
+ * room: what was not used for longest is closed.
+ */
+bool files_keep(struct files *files, uint64_t node, int fd);
+/* The kept descriptor of a node, or -1. */
+int files_kept(struct files *files, uint64_t node);
+void files_drop(struct files *files, uint64_t node);
 
-/* Reads in a thread and replies. False: no thread or memory; nothing was done. */
-bool reader_read(int device, uint64_t unique, int fd, uint64_t offset, uint32_t size);
+/* Reads in a thread, through a duplicate of `fd`, and replies; where there is no thread, or no descriptor, here. */
+void reader_read(int device, uint64_t unique, int fd, uint64_t offset, uint32_t size);
 
 /* -- answer.c ------------------------------------------------------------------------------------------------------- */
 
@@ -191,8 +201,9 @@ struct told {
 
 /* A file that Python opened and lets the gate read, and write. */
 struct lent {
-	int fd; /* ours */
+	int fd; /* Python's, which takes it back before it closes it */
 	bool writes;
+	bool used; /* since Python asked last */
 };
 
 struct listing {
@@ -208,7 +219,7 @@ struct gate {
 	struct files files;
 	struct map listings; /* handle of pyfuse3 -> struct listing */
 	struct map told;     /* node id -> struct told */
-	struct map lent;     /* handle of pyfuse3 -> struct lent */
+	struct map lent;     /* handle of pyfuse3, node id where there are none -> struct lent */
 	struct map asked;    /* unique -> opcode: what Python has not replied to */
 	int device;
 	int statfs; /* descriptor to ask, or -1 */
@@ -221,6 +232,9 @@ struct gate {
 	 * fuse_add_dirent_to_cache), and passes for what is there now. */
 	bool keeps_listings;
 	bool holds_writes; /* every WRITE is Python's */
+	/* OPEN is answered by ENOSYS: from then on the kernel opens, flushes and releases without asking, and says which file it means by
+	 * the node id alone (fs/fuse/file.c fuse_file_open). */
+	bool openless;
 	uint64_t init_flags; /* what the kernel offers */
 	uint64_t extra_init_flags; /* asked for beside libfuse's, where the kernel offers them */
 	uint64_t bytes_read, bytes_written;
@@ -247,9 +261,11 @@ void gate_unlist(struct gate *gate, uint64_t handle);
 /* What is told of a node, made if need be; NULL without memory. */
 struct told *gate_tell(struct gate *gate, uint64_t id);
 void gate_untell(struct gate *gate, uint64_t id);
-/* `handle` may be read here through a duplicate of `fd`, and written. False: no memory or descriptor. */
+/* `handle` may be read here through `fd`, and written, until it is taken back. False: no memory. */
 bool gate_lend(struct gate *gate, uint64_t handle, int fd, bool writes);
 void gate_take_back(struct gate *gate, uint64_t handle);
+/* `facts_adopt`, and what was kept to read it by is closed. */
+uint64_t gate_adopt(struct gate *gate, struct directory *directory, uint32_t name);
 /* 0, or -errno. */
 int gate_reply(int device, uint64_t unique, int error, const void *payload, size_t size);
 

@@ -11,12 +11,11 @@
 
 /* -- files opened here ---------------------------------------------------------------------------------------------- */
 
-uint64_t files_add(struct files *files, uint64_t node, int fd)
+/* Position of a free place in the table, or -1 without memory. */
+static int64_t place_for(struct files *files, uint64_t node, int fd)
 {
 	uint32_t at;
 
-	if (files->open >= files->limit)
-		return 0;
 	if (files->vacancies) {
 		at = files->vacant[--files->vacancies];
 	} else {
@@ -26,19 +25,34 @@ uint64_t files_add(struct files *files, uint64_t node, int fd)
 			uint32_t *vacant;
 
 			if (!table)
-				return 0;
+				return -1;
 			files->table = table;
 			vacant = realloc(files->vacant, larger * sizeof(*vacant));
 			if (!vacant)
-				return 0;
+				return -1;
 			files->vacant = vacant;
 			files->capacity = larger;
 		}
 		at = files->count++;
 	}
-	files->table[at] = (struct file){node, fd};
+	files->table[at] = (struct file){node, fd, true};
 	files->open++;
-	return NATIVE_HANDLE | at;
+	return at;
+}
+
+static void close_at(struct files *files, uint32_t at)
+{
+	close(files->table[at].fd);
+	files->table[at].fd = -1;
+	files->vacant[files->vacancies++] = at;
+	files->open--;
+}
+
+uint64_t files_add(struct files *files, uint64_t node, int fd)
+{
+	int64_t at = files->open < files->limit ? place_for(files, node, fd) : -1;
+
+	return at < 0 ? 0 : NATIVE_HANDLE | (uint64_t)at;
 }
 
 struct file *files_get(struct files *files, uint64_t handle)
@@ -54,12 +68,8 @@ void files_close(struct files *files, uint64_t handle)
 {
 	struct file *file = files_get(files, handle);
 
-	if (!file)
-		return;
-	close(file->fd);
-	file->fd = -1;
-	files->vacant[files->vacancies++] = (uint32_t)(handle & ~NATIVE_HANDLE);
-	files->open--;
+	if (file)
+		close_at(files, (uint32_t)(handle & ~NATIVE_HANDLE));
 }
 
 int files_switch(struct files *files, uint64_t node, int fd)
@@ -77,8 +87,58 @@ int files_switch(struct files *files, uint64_t node, int fd)
 	return count;
 }
 
+/* -- kept ----------------------------------------------------------------------------------------------------------- */
+
+bool files_keep(struct files *files, uint64_t node, int fd)
+{
+	int64_t at;
+
+	/* Twice round: the first time all of them may have been used. */
+	for (uint32_t left = 2 * files->count; files->open >= files->limit && left; left--) {
+		struct file *file;
+
+		files->hand = files->hand + 1 < files->count ? files->hand + 1 : 0;
+		file = &files->table[files->hand];
+		if (file->fd < 0)
+			continue;
+		if (!file->used)
+			files_drop(files, file->node);
+		else
+			file->used = false;
+	}
+	at = place_for(files, node, fd);
+	if (at < 0)
+		return false;
+	if (map_put(&files->kept, node, (void *)(uintptr_t)(at + 1)))
+		return true;
+	/* `fd` stays the caller's. */
+	files->table[at].fd = -1;
+	files->vacant[files->vacancies++] = (uint32_t)at;
+	files->open--;
+	return false;
+}
+
+int files_kept(struct files *files, uint64_t node)
+{
+	uintptr_t at = (uintptr_t)map_get(&files->kept, node);
+
+	if (!at)
+		return -1;
+	files->table[at - 1].used = true;
+	return files->table[at - 1].fd;
+}
+
+void files_drop(struct files *files, uint64_t node)
+{
+	uintptr_t at = (uintptr_t)map_take(&files->kept, node);
+
+	if (at)
+		close_at(files, (uint32_t)(at - 1));
+}
+
 void files_free(struct files *files)
 {
+	map_free(&files->kept);
 	for (uint32_t at = 0; at < files->count; at++)
 		if (files->table[at].fd >= 0)
 			close(files->table[at].fd);
@@ -103,6 +163,7 @@ static pthread_cond_t some = PTHREAD_COND_INITIALIZER;
 static struct job *first, **last = &first;
 static int threads, idle;
 
+/* Reads, and replies. */
 static void carry_out(const struct job *job)
 {
 	char *data = malloc(job->size ? job->size : 1);
@@ -146,6 +207,7 @@ static void *reader(void *nothing)
 			last = &first;
 		pthread_mutex_unlock(&lock);
 		carry_out(job);
+		close(job->fd);
 		free(job);
 	}
 	return NULL;
@@ -167,25 +229,40 @@ static bool start_reader(void)
 	return !error;
 }
 
-bool reader_read(int device, uint64_t unique, int fd, uint64_t offset, uint32_t size)
+/* The descriptor may be closed, and its number mean another file, before a thread comes to it. */
+static bool give_to_reader(const struct job *what)
 {
 	struct job *job = malloc(sizeof(*job));
-	bool enough;
+	bool enough = false;
 
 	if (!job)
 		return false;
-	*job = (struct job){NULL, unique, offset, size, device, fd};
-	pthread_mutex_lock(&lock);
-	if (idle == 0 && threads < READERS && start_reader())
-		threads++;
-	enough = threads > 0;
-	if (enough) {
-		*last = job;
-		last = &job->next;
-		pthread_cond_signal(&some);
+	*job = *what;
+	job->fd = fcntl(what->fd, F_DUPFD_CLOEXEC, 3);
+	if (job->fd >= 0) {
+		pthread_mutex_lock(&lock);
+		if (idle == 0 && threads < READERS && start_reader())
+			threads++;
+		enough = threads > 0;
+		if (enough) {
+			*last = job;
+			last = &job->next;
+			pthread_cond_signal(&some);
+		}
+		pthread_mutex_unlock(&lock);
 	}
-	pthread_mutex_unlock(&lock);
-	if (!enough)
+	if (!enough) {
+		if (job->fd >= 0)
+			close(job->fd);
 		free(job);
+	}
 	return enough;
+}
+
+void reader_read(int device, uint64_t unique, int fd, uint64_t offset, uint32_t size)
+{
+	const struct job job = {NULL, unique, offset, size, device, fd};
+
+	if (!give_to_reader(&job))
+		carry_out(&job);
 }

@@ -147,6 +147,9 @@ static void change_init(const struct gate *gate, struct fuse_init_out *init)
 	uint64_t flags = gate->extra_init_flags & gate->init_flags;
 
 	init->flags |= (uint32_t)flags;
+	/* Nobody would see the O_TRUNC of an open that is not asked for: a SETATTR comes instead. */
+	if (gate->openless)
+		init->flags &= ~(uint32_t)FUSE_ATOMIC_O_TRUNC;
 	if (flags >> 32) {
 		init->flags |= FUSE_INIT_EXT;
 		init->flags2 |= (uint32_t)(flags >> 32);

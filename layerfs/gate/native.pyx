@@ -63,6 +63,9 @@ cdef extern from "core.h":
     struct files:
         uint32_t open
 
+    struct lent:
+        bint used
+
     struct told:
         stat attributes
         bint has_attributes
@@ -71,6 +74,7 @@ cdef extern from "core.h":
     struct gate:
         facts facts
         map told
+        map lent
         files files
         map asked
         int device
@@ -81,6 +85,7 @@ cdef extern from "core.h":
         bint hooked
         bint keeps_listings
         bint holds_writes
+        bint openless
         uint64_t bytes_read
         uint64_t bytes_written
         uint64_t init_flags
@@ -107,7 +112,6 @@ cdef extern from "core.h":
     void facts_vanish(const facts *, directory *, const char *, size_t) nogil
     void facts_give_back(directory *, uint32_t, uint8_t) nogil
     known *facts_know(facts *, directory *, uint32_t) nogil
-    uint64_t facts_adopt(facts *, directory *, uint32_t) nogil
     int files_switch(files *, uint64_t, int) nogil
     bint gate_init(gate *, uint32_t, uint64_t) nogil
     void gate_free(gate *) nogil
@@ -117,6 +121,7 @@ cdef extern from "core.h":
     void gate_untell(gate *, uint64_t) nogil
     bint gate_lend(gate *, uint64_t, int, bint) nogil
     void gate_take_back(gate *, uint64_t) nogil
+    uint64_t gate_adopt(gate *, directory *, uint32_t) nogil
     int gate_reply(int, uint64_t, int, const void *, size_t) nogil
     bint hook_serve(const char *) nogil
     void hook_arm(gate *) nogil
@@ -185,10 +190,10 @@ cdef class NativeGate:
     cdef public object on_carry
 
     def __init__(self, descriptors: int, resolve: int, *, statfs: int = -1, xattrs: bool = True,
-                 read_only: bool = False):
+                 read_only: bool = False, openless: bool = False):
         """`descriptors`: how many may be used for open files, and a quarter as many for directories. `resolve`:
         flags of openat2 for paths in a layer. `statfs`: descriptor of the file system whose space is shown.
-        `read_only`: no name ever changes."""
+        `read_only`: no name ever changes. `openless`: the kernel opens and closes files without asking."""
         global _live
         if _live is not None:
             raise RuntimeError("one gate a process")
@@ -197,6 +202,7 @@ cdef class NativeGate:
         _gate.statfs = statfs
         _gate.xattrs = xattrs
         _gate.keeps_listings = read_only
+        _gate.openless = openless
         _gate.let_go = _let_go
         _gate.carry = _carry
         _gate.extra_init_flags = CACHE_SYMLINKS | DONT_MASK | HANDLE_KILLPRIV_V2
@@ -231,8 +237,8 @@ cdef class NativeGate:
             os.dup2(nowhere, _gate.device, inheritable=False)
             os.close(nowhere)
 
-    def reply(self, unique: int, error: int, payload: bytes = b""):
-        """To a carried request; whoever asked may be gone."""
+    def reply(self, unique: int, error: int, payload=b""):
+        """To a carried request; whoever asked may be gone. `payload`: any buffer of bytes."""
         cdef const unsigned char[:] view = payload
         cdef const void *data = &view[0] if len(payload) else NULL
         gate_reply(_gate.device, unique, error, data, len(payload))
@@ -363,7 +369,7 @@ cdef class NativeGate:
         """Python makes a node of a name: the lookup count that it takes over, 0 when there is none."""
         cdef directory *found
         cdef int64_t position = _find(id, name, &found)
-        return 0 if position < 0 else facts_adopt(&_gate.facts, found, <uint32_t>position)
+        return 0 if position < 0 else gate_adopt(&_gate, found, <uint32_t>position)
 
     def entrust(self, uint64_t id, bytes name, uint64_t lookups):
         cdef directory *found
@@ -391,6 +397,14 @@ cdef class NativeGate:
 
     def take_back(self, uint64_t handle):
         gate_take_back(&_gate, handle)
+
+    def was_used(self, uint64_t handle):
+        """Whether a lent file was, since this was asked last."""
+        cdef lent *entry = <lent *>map_get(&_gate.lent, handle)
+        if entry == NULL or not entry.used:
+            return False
+        entry.used = False
+        return True
 
     def hold_writes(self, bint held):
         _gate.holds_writes = held

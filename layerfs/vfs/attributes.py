@@ -16,6 +16,7 @@ from layerfs.vfs import inode_flags, setid
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.node import Directory, File, Node
+from layerfs.vfs.reopen import open_upper
 from layerfs.vfs.tree import Tree, fail
 
 
@@ -117,22 +118,23 @@ class Attributes:
         """truncate(2); takes setuid away as a write does."""
         if not stat.S_ISREG(os.fstat(target.fd).st_mode):
             fail(errno.EIO)  # replaced from outside; opening a fifo would block
-        writer = OwnedFd(self._open_for_writing(node, target))
+        writer = self._open_for_writing(node, target)
         os.ftruncate(writer.fd, size)
         setid.clear(self.tree, self.upper, writer, caller, may_keep=True)
 
-    @staticmethod
-    def _open_for_writing(node: Node, target: OwnedFd) -> int:
+    def _open_for_writing(self, node: Node, target: OwnedFd) -> OwnedFd:
         """The caller may have the file open for writing though its mode (changed since) no longer lets this
         process open it.
         """
         try:
-            return os.open(fd_path(target.fd), os.O_WRONLY | os.O_CLOEXEC)
+            return OwnedFd(os.open(fd_path(target.fd), os.O_WRONLY | os.O_CLOEXEC))
         except PermissionError:
-            for handle in (node.handles or ()) if isinstance(node, File) else ():
+            if not isinstance(node, File):
+                raise
+            for handle in node.handles or ():
                 if handle.writable:
-                    return os.dup(handle.fd.fd)
-            raise
+                    return handle.fd
+            return open_upper(self.tree, node, os.O_WRONLY)
 
     async def set_flags(self, node: Node, command: int, value: bytes, caller: Caller) -> None:
         """Inode flags (`vfs.inode_flags`). A file is copied up with its data: what replaced it later would

@@ -27,6 +27,7 @@ from layerfs.vfs import setid
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.node import Directory, File, Node
+from layerfs.vfs.reopen import open_upper
 from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import Tree, fail
 
@@ -330,7 +331,7 @@ class CopyUp:
             self.links.unpin(names)
 
     async def _fill(self, node: File, job: Job, data: OwnedFd | None, size: int) -> None:
-        fd = self.tree.open_real(*self.tree.where(node), os.O_RDWR)
+        fd = open_upper(self.tree, node, os.O_RDWR)
         if data is None:
             os.removexattr(fd.fd, self.upper.names.metacopy)
             copied = Copied(0, False)

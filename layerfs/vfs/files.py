@@ -25,15 +25,18 @@ from layerfs.vfs.tree import Tree, fail
 #: side is direct all the same.
 _SYNC = os.O_SYNC | os.O_DSYNC
 _KEPT = os.O_ACCMODE | _SYNC
+#: The same for one write. (O_SYNC has the bit of O_DSYNC in it.)
+_RWF = {0: 0, os.O_DSYNC: os.RWF_DSYNC, os.O_SYNC: os.RWF_SYNC}
 #: Writes up to this size (bytes) are done on the event loop: a copy into the page cache is faster than waking
 #: a thread.
 _INLINE_WRITE = 64 << 10
 
 
 class Handle:
-    """An open file. `fd` is replaced when the file is copied up."""
+    """An open file, or what is kept of one that the kernel opened without asking (`vfs.unasked`). `fd` is
+    replaced when the file is copied up."""
 
-    __slots__ = ("_lent", "fd", "id", "node", "opener", "sync", "writable")
+    __slots__ = ("_lent", "busy", "closed", "fd", "id", "node", "opener", "sync", "writable")
 
     def __init__(self, id: HandleId, node: File, fd: OwnedFd, flags: int, opener: Caller) -> None:
         self.id = id
@@ -42,11 +45,16 @@ class Handle:
         self.opener = opener
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.sync = bool(flags & _SYNC)
+        #: requests that use it: until then it is not closed
+        self.busy = 0
+        self.closed = False
         #: what the gate has: the descriptor, and whether it writes
         self._lent: tuple[OwnedFd, bool] | None = None
 
     def lend(self, gate: Gate, *, writes: bool) -> None:
         """Lets the gate read the file, and write it or no longer. Costs nothing when that is so already."""
+        if self.closed:
+            return
         if self._lent is None or self._lent[0] is not self.fd or self._lent[1] is not writes:
             self._lent = self.fd, writes
             gate.lend(self.id, self.fd.fd, writes)
@@ -97,7 +105,7 @@ class Files:
         """Opens with the flags of open(2). Copies the file up when they write. Raises OSError."""
         writes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
         if not writes:
-            fd = self._open_lower_kindly(*self.tree.data_location(node), self.backing_flags(flags))
+            fd = self.open_kindly(*self.tree.data_location(node), self.backing_flags(flags))
             return self.adopt(node, fd, flags, caller)
         if self.copyup is None:
             fail(errno.EROFS)
@@ -112,7 +120,7 @@ class Files:
             self.tree.changed(node)
         return self.adopt(node, fd, flags, caller)
 
-    def _open_lower_kindly(self, fd: OwnedFd, name: bytes, flags: int) -> OwnedFd:
+    def open_kindly(self, fd: OwnedFd, name: bytes, flags: int) -> OwnedFd:
         """Opens for reading without moving the lower file's atime, where this process may say so (owner or
         CAP_FOWNER).
         """
@@ -124,16 +132,26 @@ class Files:
     def adopt(self, node: File, fd: OwnedFd, flags: int, opener: Caller) -> Handle:
         """A handle for an opened descriptor."""
         handle = Handle(self._number(), node, fd, flags, opener)
+        node.users += 1
+        self.keep(handle)
+        return handle
+
+    def keep(self, handle: Handle) -> None:
+        """Lets requests use it."""
+        node = handle.node
         self._handles[handle.id] = handle
         if node.handles is None:
             node.handles = set()
         node.handles.add(handle)
-        node.users += 1
         if handle.writable:
-            assert self.upper is not None
-            node.privileged = bool(self.upper.stat(fd).st_mode & setid.SETID)
+            self.begin_writing(handle)
         self.lend(handle)
-        return handle
+
+    def begin_writing(self, handle: Handle) -> None:
+        """The descriptor of a handle is one for writing."""
+        assert self.upper is not None
+        handle.writable = True
+        handle.node.privileged = bool(self.upper.stat(handle.fd).st_mode & setid.SETID)
 
     def lend(self, handle: Handle) -> None:
         """Lets the gate read and write an open file, or no longer write, as things are now.
@@ -145,14 +163,19 @@ class Files:
         handle.lend(self.tree.gate, writes=writes and node.real not in self.tree.shown_ctimes)
 
     def release(self, id: int) -> None:
-        handle = self._handles.pop(id, None)
+        handle = self._handles.get(id)
         if handle is not None:
-            self.tree.gate.take_back(id)
-            node = handle.node
-            if node.handles is not None:
-                node.handles.discard(handle)
-            node.users -= 1
-            self.tree.release(node)
+            self.close(handle)
+            handle.node.users -= 1
+            self.tree.release(handle.node)
+
+    def close(self, handle: Handle) -> None:
+        """No request uses it any more."""
+        self.tree.gate.take_back(handle.id)
+        handle.closed = True
+        del self._handles[handle.id]
+        if handle.node.handles is not None:
+            handle.node.handles.discard(handle)
 
     def handle(self, id: int) -> Handle:
         handle = self._handles.get(id)
@@ -184,9 +207,12 @@ class Files:
         self.tally.read += count
         return memoryview(buffer)[:count]
 
-    async def write(self, id: int, offset: int, data: bytes, *, keeps_setid: bool = False) -> int:
+    async def write(
+        self, id: int, offset: int, data: bytes | memoryview, *, keeps_setid: bool = False, sync: int = 0
+    ) -> int:
         """Bytes written: fewer only where an error stopped it after some were. `keeps_setid`: the writer is
-        known to have CAP_FSETID. Raises OSError."""
+        known to have CAP_FSETID. `sync`: O_SYNC or O_DSYNC where the handle itself is open without. Raises
+        OSError."""
         handle = self.handle(id)
         node, fd = handle.node, handle.fd
         if node.job is not None:
@@ -195,8 +221,9 @@ class Files:
             self._clear_setid(node, fd, handle.opener, may_keep=False)
         self.tree.changed(node)
         self.lend(handle)
-        write = partial(_write_all, fd.fd, data, offset)
-        if len(data) <= _INLINE_WRITE and not handle.sync:
+        how = _RWF[sync & self._kept & _SYNC]
+        write = partial(_write_all, fd.fd, data, offset, how)
+        if len(data) <= _INLINE_WRITE and not (handle.sync or how):
             written, failure = write()
         else:
             written, failure = await trio.to_thread.run_sync(write, limiter=self._io)
@@ -331,13 +358,14 @@ def _read_all(fd: int, view: memoryview, offset: int) -> int:
     return done
 
 
-def _write_all(fd: int, data: bytes, offset: int) -> tuple[int, int | None]:
-    """Writes until all is written or an error stops it: (bytes written, errno)."""
+def _write_all(fd: int, data: bytes | memoryview, offset: int, how: int) -> tuple[int, int | None]:
+    """Writes until all is written or an error stops it: (bytes written, errno). `how`: flags of
+    pwritev2(2)."""
     view = memoryview(data)
     written = 0
     while written < len(data):
         try:
-            written += os.pwrite(fd, view[written:], offset + written)
+            written += os.pwritev(fd, [view[written:]], offset + written, how)
         except OSError as error:
             return written, error.errno or errno.EIO
     return written, None

@@ -96,6 +96,8 @@ class Tree:
         self.shown_ctimes: dict[int, tuple[int, int]] = {}
         #: told when attributes that the kernel keeps were changed by something other than its own requests
         self.attributes_moved: Callable[[NodeId], None] = lambda id: None
+        #: told when a file's node goes
+        self.let_go_of_files: Callable[[Node], None] = lambda node: None
         #: directories whose attributes changed since `tell_changed`
         self._changed: set[Directory] = set()
         #: raised when a directory moves (see `links`)
@@ -162,6 +164,8 @@ class Tree:
             if self.gate.holds(node.id):
                 return  # `let_go` follows
             if self.nodes.get(node.id) is node:
+                if isinstance(node, File) and node.handles:
+                    self.let_go_of_files(node)
                 del self.nodes[node.id]
                 self.gate.forget(node.id)
             parent = node.parent

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from layerfs.fdutil import fd_path
+from layerfs.fdutil import OwnedFd, fd_path
 from layerfs.gate import Gate
 from layerfs.ids import NodeId
 from layerfs.overlay import override
@@ -38,6 +38,7 @@ from layerfs.vfs.node import Directory, File, Node
 from layerfs.vfs.rename import Rename
 from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import PATH_MAX, Attributes, Tree, fail
+from layerfs.vfs.unasked import Unasked
 
 if TYPE_CHECKING:
     from layerfs.vfs.flatten import Flattened
@@ -93,9 +94,11 @@ class Vfs:
         owners: Owners | None = None,
         xattrs: bool = True,
         gate: Gate | None = None,
+        unasked: int = 0,
     ) -> None:
         """`nursery` runs copy-ups; it must outlive all requests. `upper` None: read-only. `xattrs` False:
-        users neither see nor set any.
+        users neither see nor set any. `unasked`: files are opened and closed without asking, and for so many
+        of them descriptors may be kept; 0: they are not.
         """
         self.stack = stack
         self._xattrs = xattrs
@@ -117,6 +120,7 @@ class Vfs:
                 AttributeChanges(self.tree, upper, copyup),
             )
         self.files = Files(self.tree, upper, copyup, self.tally)
+        self.unasked = Unasked(self.tree, self.files, copyup, unasked) if unasked else None
         self.hold = Hold(copyup.quiet if copyup is not None else _nothing, gate)
 
     def _write(self) -> _Writing:
@@ -239,22 +243,30 @@ class Vfs:
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
     ) -> tuple[Handle, Attributes]:
-        kept = self.files.backing_flags(flags)
+        kept = self._flags_of_new(flags)
         node, fd = await self._write().names.create(
             self.tree.directory(parent), name, New(mode), kept, caller
         )
-        handle = self.files.adopt(node, fd, flags, caller)
-        self.tree.gate.tell_no_capability(node.id)
+        handle = self._opened_new(node, fd, flags, caller)
         return handle, await self._born(node)
+
+    def _flags_of_new(self, flags: int) -> int:
+        """Of the descriptor of a file that is made with open(2)."""
+        return self.files.backing_flags(flags) if self.unasked is None else os.O_RDWR
+
+    def _opened_new(self, node: File, fd: OwnedFd, flags: int, caller: Caller) -> Handle:
+        self.tree.gate.tell_no_capability(node.id)
+        if self.unasked is not None:
+            return self.unasked.add(node, fd, os.O_RDWR, caller)
+        return self.files.adopt(node, fd, flags, caller)
 
     @_changes(opens=True)
     async def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Handle, Attributes]:
         """open(2) with O_TMPFILE; the lookup count is raised."""
-        kept = self.files.backing_flags(flags)
+        kept = self._flags_of_new(flags)
         directory = self.tree.directory(parent)
         node, fd = await self._write().names.make_unnamed(directory, mode, kept, caller)
-        handle = self.files.adopt(node, fd, flags, caller)
-        self.tree.gate.tell_no_capability(node.id)
+        handle = self._opened_new(node, fd, flags, caller)
         return handle, await self._born(node)
 
     async def _born(self, node: Node) -> Attributes:
@@ -357,12 +369,40 @@ class Vfs:
 
     _open_for_writing = _changes(opens=True)(_open)
 
-    async def write(self, handle: int, offset: int, data: bytes, *, keeps_setid: bool = False) -> int:
+    async def attend(self, id: int, caller: Caller, *, writes: bool) -> Handle:
+        """What is kept of a file that was opened without asking, to be used by `Unasked.using`."""
+        assert self.unasked is not None
+        node = self.tree.file(id)
+        if writes and not self.unasked.writable(node):
+            return await self._attend_first_write(id, caller)
+        with self.tree.in_use(node):
+            return await (self.unasked.writing if writes else self.unasked.reading)(node, caller)
+
+    @_changes(opens=True)
+    async def _attend_first_write(self, id: int, caller: Caller) -> Handle:
+        # As an open for writing: whoever holds changes may not have to wait for this file.
+        assert self.unasked is not None
+        node = self.tree.file(id)
+        with self.tree.in_use(node):
+            return await self.unasked.writing(node, caller)
+
+    async def write(
+        self,
+        handle: int,
+        offset: int,
+        data: bytes | memoryview,
+        *,
+        keeps_setid: bool = False,
+        sync: int = 0,
+        writer: Caller | None = None,
+    ) -> int:
+        """`writer`: who writes, where that is known; else who opened the file is asked whether he was
+        interrupted. The rest as `Files.write`."""
         opened = self.files.handle(handle)
         node = opened.node.id
-        await self.hold.begin_write(node, opened.opener, known=False)
+        await self.hold.begin_write(node, writer or opened.opener, known=writer is not None)
         try:
-            return await self.files.write(handle, offset, data, keeps_setid=keeps_setid)
+            return await self.files.write(handle, offset, data, keeps_setid=keeps_setid, sync=sync)
         finally:
             self.hold.end_write(node)
 

@@ -248,6 +248,17 @@ static void libfuse_replies(void)
 	free(payload);
 }
 
+/* Descriptors that the gate may use, by handle; + 1. */
+static struct map lending;
+
+static void end_lending(uint64_t handle)
+{
+	uintptr_t lent = (uintptr_t)map_take(&lending, handle);
+
+	if (lent)
+		close((int)lent - 1);
+}
+
 static void command(void)
 {
 	uint8_t letter = (uint8_t)number(1);
@@ -290,7 +301,7 @@ static void command(void)
 	case 'A': /* id, name: adopt. u64: lookups */
 		directory = facts_directory(&gate.facts, number(8));
 		position = position_in(directory);
-		put_number(position < 0 ? 0 : facts_adopt(&gate.facts, directory, (uint32_t)position), 8);
+		put_number(position < 0 ? 0 : gate_adopt(&gate, directory, (uint32_t)position), 8);
 		break;
 	case 'B': /* id, name, kind u8: give back */
 		directory = facts_directory(&gate.facts, number(8));
@@ -320,11 +331,17 @@ static void command(void)
 			fd = open(path, O_RDWR | O_CLOEXEC);
 			free(path);
 			put_number(gate_lend(&gate, id, fd, writes), 1);
-			close(fd);
+			end_lending(id);
+			map_put(&lending, id, (void *)(uintptr_t)(fd + 1));
 		}
 		break;
 	case 'Y': /* handle: take back */
-		gate_take_back(&gate, number(8));
+		id = number(8);
+		gate_take_back(&gate, id);
+		end_lending(id);
+		break;
+	case 'J': /* u8: whether files are opened without asking */
+		gate.openless = number(1);
 		break;
 	case 'W': /* u8: whether writes are held */
 		gate.holds_writes = number(1);
@@ -422,5 +439,6 @@ int main(void)
 			fail("nobody listens");
 	}
 	gate_free(&gate); /* what is left then is a leak */
+	map_free(&lending);
 	return 0;
 }

@@ -139,6 +139,9 @@ class Driver:
     def take_back(self, handle: int) -> None:
         self._do(b"Y", struct.pack("<Q", handle))
 
+    def opens_without_asking(self) -> None:
+        self._do(b"J", b"\1")
+
     def hold_writes(self, held: bool) -> None:
         self._do(b"W", bytes([held]))
 

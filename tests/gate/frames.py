@@ -42,6 +42,7 @@ INIT_OUT = struct.Struct("<IIIIHHIIHHII24x")
 FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_CACHE_DIR = 1 << 3
 INIT_EXT = 1 << 30
+ATOMIC_O_TRUNC = 1 << 3
 HANDLE_KILLPRIV_V2 = 1 << 28
 WRITE_KILL_SUIDGID = 1 << 2
 #: ioctls for flags and attributes of inodes (linux/fs.h): get and set, 64 and 32 bits wide.
@@ -95,8 +96,9 @@ def readdirplus(node: int, handle: int, offset: int, size: int = 4096) -> bytes:
     return read(node, handle, offset, size, READDIRPLUS)
 
 
-def write(node: int, handle: int, offset: int, data: bytes, *, flags: int = 0) -> bytes:
-    return frame(WRITE, node, WRITE_IN.pack(handle, offset & _64, len(data), flags, 0, 0, 0) + data)
+def write(node: int, handle: int, offset: int, data: bytes, *, flags: int = 0, how: int = 0) -> bytes:
+    """`how`: flags of open(2)."""
+    return frame(WRITE, node, WRITE_IN.pack(handle, offset & _64, len(data), flags, 0, how, 0) + data)
 
 
 def ioctl(node: int, handle: int, command: int) -> bytes:

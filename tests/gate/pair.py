@@ -28,9 +28,13 @@ class Pair:
         xattrs: bool = True,
         carries: bool = False,
         statfs: str | None = "/proc",
+        openless: bool = False,
     ) -> None:
         self.core = Driver(program, descriptors=descriptors, xattrs=xattrs, carries=carries, statfs=statfs)
         self.twin = Twin(descriptors=descriptors, xattrs=xattrs, carries=carries, statfs=statfs)
+        if openless:
+            self.core.opens_without_asking()
+            self.twin.openless = True
         self.layers = [base / f"layer{number}" for number in range(layers)]
         for layer in self.layers:
             layer.mkdir()
@@ -171,7 +175,7 @@ class Pair:
         assert counts.known == len(twin.known)
         assert counts.names == sum(len(directory.names) for directory in twin.directories.values())
         assert counts.claimed == len(twin.claimed)
-        assert counts.open == len(twin.open)
+        assert counts.open == len(twin.open) + len(twin.kept)
         assert counts.listings == len(twin.listings)
         for node, known in twin.known.items():
             assert self.core.known(node) == (known.lookups, known.directory.id)

@@ -555,13 +555,97 @@ def test_a_write_of_one_who_may_keep_setuid_says_so_in_its_handle(tree: Pair) ->
     assert tree.feed(kills).frame == kills
 
 
-def test_lent_files_count_among_the_open_ones(make_pair: Callable[..., Pair], backing: Path) -> None:
-    pair = lay_out(make_pair(descriptors=2))
-    node, _ = open_file(pair, "file")
-    assert pair.lend(9, str(backing), writes=False)
-    assert not pair.lend(10, str(backing), writes=False)
-    assert pair.lend(9, str(backing), writes=True)
-    assert passed(pair.feed(f.open(node)))
+# -- files that are opened without asking -----------------------------------------------------------------
+
+
+@pytest.fixture
+def unasked(make_pair: Callable[..., Pair]) -> Pair:
+    return lay_out(make_pair(openless=True, carries=True))
+
+
+def carried(answer: Answer) -> bool:
+    return answer.verdict is Verdict.CARRIED
+
+
+def test_open_is_not_asked_for_again(unasked: Pair) -> None:
+    for name in ("file", "marked", "pipe"):
+        node = look_up(unasked, name)
+        for flags in (os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC):
+            assert error(unasked.feed(f.open(node, flags))) == errno.ENOSYS
+    assert error(unasked.feed(f.flush(node, 0))) == errno.ENOSYS
+
+
+def test_a_node_is_read_without_a_handle(unasked: Pair) -> None:
+    node = look_up(unasked, "file")
+    assert payload(unasked.feed(f.read(node, 0, 0, 4096))) == b"some text"
+    assert payload(unasked.feed(f.read(node, 0, 5, 2))) == b"te"
+    assert unasked.core.counts().open == 1
+    assert payload(unasked.feed(f.fsync(node, 0))) == b""
+    (hole,) = f.LSEEK_OUT.unpack(payload(unasked.feed(f.lseek(node, 0, 0, os.SEEK_HOLE))))
+    assert hole == len("some text")
+    unasked.feed(f.forget(node, 1))
+    assert unasked.core.counts().open == 0
+    unasked.agree()
+
+
+def test_nodes_that_python_reads(unasked: Pair) -> None:
+    """Where the data lie elsewhere, or Python has the node."""
+    for node in (look_up(unasked, "marked"), look_up(unasked, "link"), 77):
+        assert carried(unasked.feed(f.read(node, 0, 0, 10)))
+        assert carried(unasked.feed(f.lseek(node, 0, 0, os.SEEK_DATA)))
+    node = look_up(unasked, "file")
+    unasked.feed(f.read(node, 0, 0, 10))
+    assert unasked.adopt(ROOT, b"file") == 1
+    assert unasked.core.counts().open == 0
+    for frame in (f.read(node, 0, 0, 10), f.fsync(node, 0), f.write(node, 0, 0, b"x")):
+        assert carried(unasked.feed(frame))
+
+
+def test_what_is_read_without_a_handle_is_what_is_there_now(unasked: Pair, backing: Path) -> None:
+    node = look_up(unasked, "file")
+    unasked.feed(f.read(node, 0, 0, 10))
+    unasked.adopt(ROOT, b"file")  # it is copied up
+    unasked.lend(node, str(backing), writes=True)
+    assert payload(unasked.feed(f.read(node, 0, 0, 100))) == b"in the upper"
+
+
+def test_a_lent_node_is_written(unasked: Pair, backing: Path) -> None:
+    unasked.lend(77, str(backing), writes=True)
+    assert payload(unasked.feed(f.write(77, 0, 3, b"THE"))) == f.WRITE_OUT.pack(3, 0)
+    assert backing.read_text() == "in THE upper"
+    for how in (os.O_SYNC, os.O_DSYNC):  # of an open that nobody saw
+        assert carried(unasked.feed(f.write(77, 0, 0, b"x", how=how)))
+    assert carried(unasked.feed(f.write(77, 0, 0, bytes((64 << 10) + 1))))
+    unasked.hold_writes(True)
+    assert carried(unasked.feed(f.write(77, 0, 0, b"held")))
+    unasked.hold_writes(False)
+    unasked.lend(77, str(backing), writes=False)
+    assert carried(unasked.feed(f.write(77, 0, 0, b"x")))
+    assert backing.read_text() == "in THE upper"
+
+
+def test_as_many_nodes_are_kept_open_as_descriptors_are_given(make_pair: Callable[..., Pair]) -> None:
+    """The rest are opened again: what was read first, and not since, is closed."""
+    pair = lay_out(make_pair(openless=True, descriptors=2))
+    names = [f"n{number}" for number in range(8)]
+    for name in names:
+        (pair.layers[0] / name).write_text(name)
+    pair.forget_directory(ROOT)
+    pair.publish()
+    nodes = [look_up(pair, name) for name in names]
+    for _ in range(3):
+        for name, node in zip(names, nodes, strict=True):
+            assert payload(pair.feed(f.read(node, 0, 0, 100))) == name.encode()
+            assert pair.core.counts().open <= 2
+    for node in nodes:
+        pair.feed(f.forget(node, 1))
+    assert pair.core.counts().open == 0
+
+
+def test_an_open_that_cuts_is_a_setattr(unasked: Pair) -> None:
+    libfuse = f.INIT_OUT.pack(7, 38, 0, 1 << 5 | f.ATOMIC_O_TRUNC, 12, 9, 1 << 20, 1, 256, 0, 0, 0)
+    packet = unasked.libfuse_replies(f.INIT, libfuse)
+    assert packet == f.INIT_OUT.pack(7, 38, 0, 1 << 5, 12, 9, 1 << 20, 1, 256, 0, 0, 0)
 
 
 # -- replies of libfuse ---------------------------------------------------------------------------------

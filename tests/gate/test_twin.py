@@ -61,22 +61,24 @@ class Program(RuleBasedStateMachine):
         xattrs=st.booleans(),
         carries=st.booleans(),
         statfs=st.booleans(),
+        openless=st.booleans(),
     )
-    def begin(self, descriptors: int, xattrs: bool, carries: bool, statfs: bool) -> None:
+    def begin(self, descriptors: int, xattrs: bool, carries: bool, statfs: bool, openless: bool) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="layerfs-twin-"))
         self.pair = Pair(
             self.core,
             self.base,
-            descriptors=descriptors,
+            descriptors=40 if openless else descriptors,
             xattrs=xattrs,
             carries=carries,
             statfs="/proc" if statfs else None,
+            openless=openless,
         )
         lay_out(self.pair.layers[0])
         (self.base / "backing").touch()
         #: nodes of objects that nobody may have looked up
         self.unknown = [self.pair.node("file"), self.pair.node("a/link")]
-        self.handles: list[int] = [NATIVE, NATIVE | 1, 9]
+        self.handles: list[int] = [NATIVE, NATIVE | 1, 9, 0, 0, 0]
         for id in PLACES:
             self.publish(id, ())
 
@@ -206,7 +208,8 @@ class Program(RuleBasedStateMachine):
 
     def feed(self, frame: bytes) -> None:
         answer = self.pair.feed(frame)
-        if answer.verdict is Verdict.ANSWERED and frame[4:8] == struct.pack("<I", f.OPEN) and answer.replies:
+        opened = frame[4:8] == struct.pack("<I", f.OPEN) and not self.pair.twin.openless
+        if answer.verdict is Verdict.ANSWERED and opened and answer.replies:
             self.handles.append(struct.unpack_from("<Q", answer.replies[0], f.OUT_HEADER.size)[0])
 
     @rule(id=st.sampled_from([*PLACES, 0, 99]), name=st.sampled_from(NAMES))
@@ -267,14 +270,23 @@ class Program(RuleBasedStateMachine):
         self.feed(f.frame(opcode, self.nodes(choose), f.LSEEK_IN.pack(handle, 10, whence, 0)))
 
     @rule(
-        handle=st.sampled_from([9, 10, 11, NATIVE]),
+        choose=st.integers(0, 99),
+        handle=st.sampled_from([9, 10, 11, 0, NATIVE]),
         offset=st.sampled_from([0, 7, 5000, -1]),
         data=st.binary(max_size=40),
         flags=st.sampled_from([0, f.WRITE_KILL_SUIDGID]),
+        how=st.sampled_from([0, 0, os.O_DSYNC]),
     )
-    def write(self, handle: int, offset: int, data: bytes, flags: int) -> None:
-        self.feed(f.write(ROOT, handle, offset, data, flags=flags))
-        self.feed(f.read(ROOT, handle, offset, 50))
+    def write(self, choose: int, handle: int, offset: int, data: bytes, flags: int, how: int) -> None:
+        node = self.nodes(choose)
+        self.feed(f.write(node, handle, offset, data, flags=flags, how=how))
+        self.feed(f.read(node, handle, offset, 50))
+
+    @rule(choose=st.integers(0, 99), writes=st.booleans())
+    def lend_node(self, choose: int, writes: bool) -> None:
+        """Of a node that Python has, where there are no handles."""
+        if (node := self.nodes(choose)) and node not in self.pair.twin.known and self.pair.twin.openless:
+            self.pair.lend(node, str(self.base / "backing"), writes)
 
     @rule(choose=st.integers(0, 99), command=st.sampled_from([*f.INODE_IOCTLS, 0x5401]))
     def ioctl(self, choose: int, command: int) -> None:

@@ -105,6 +105,10 @@ class _Ask(Exception):
     """Python must answer."""
 
 
+class _Carry(Exception):
+    """Python must, and pyfuse3 cannot carry it."""
+
+
 class Twin:
     def __init__(
         self, *, descriptors: int, xattrs: bool = True, carries: bool = False, statfs: str | None = None
@@ -123,6 +127,10 @@ class Twin:
         #: handle of Python's -> descriptor, whether it may be written
         self.lent: dict[int, tuple[int, bool]] = {}
         self.writes_held = False
+        #: files are opened without asking; of those that were read, a descriptor for each node (the core has
+        #: room for so many only, and opens again)
+        self.openless = False
+        self.kept: dict[int, int] = {}
         #: INIT's flags: what the kernel offered, what is asked for beside libfuse's
         self.offered, self.wanted = 0, 0
         #: whether replies arrive
@@ -132,6 +140,8 @@ class Twin:
         for opened in self.open.values():
             os.close(opened.fd)
         for fd, _ in self.lent.values():
+            os.close(fd)
+        for fd in self.kept.values():
             os.close(fd)
 
     # -- facts ------------------------------------------------------------------------------------
@@ -172,6 +182,7 @@ class Twin:
             return 0
         found.answered = False
         node = directory.homes[found.plain.home].base | found.plain.real
+        self._drop(node)
         known = self.known.get(node)
         if known is None or (known.directory, known.name) != (directory, name):
             return 0
@@ -201,8 +212,6 @@ class Twin:
         self.listings[handle] = Listing(id, parent, names, changes, handle not in self.listings)
 
     def lend(self, handle: int, path: str, writes: bool) -> bool:
-        if handle not in self.lent and len(self.lent) + len(self.open) >= self.descriptors:
-            return False
         self.take_back(handle)
         self.lent[handle] = os.open(path, os.O_RDWR), writes
         return True
@@ -280,10 +289,15 @@ class Twin:
         known = self.known[node]
         known.lookups -= min(count, known.lookups)
         if known.lookups == 0:
+            self._drop(node)
             del self.known[node]
             known.directory.known -= 1
             if known.directory.known == 0 and known.directory.let_go:
                 answer.let_go.append(known.directory.id)
+
+    def _drop(self, node: int) -> None:
+        if node in self.kept:
+            os.close(self.kept.pop(node))
 
     # -- frames -----------------------------------------------------------------------------------
 
@@ -305,6 +319,8 @@ class Twin:
                 answer.verdict = Verdict.CARRIED
             else:
                 self._on_request(opcode, node, body, unique, answer)
+        except _Carry:
+            answer.verdict = Verdict.CARRIED
         except (_Ask, struct.error):
             return answer
         if answer.verdict is Verdict.CARRIED and not self.carries:
@@ -320,6 +336,8 @@ class Twin:
             if flags >> 32:
                 fields[3] |= f.INIT_EXT
                 fields[10] |= flags >> 32
+            if self.openless:
+                fields[3] &= ~f.ATOMIC_O_TRUNC
             payload = f.INIT_OUT.pack(*fields) + payload[f.INIT_OUT.size :]
         elif opcode == f.OPENDIR and len(payload) == f.OPEN_OUT.size:
             handle, flags, backing = f.OPEN_OUT.unpack(payload)
@@ -504,21 +522,27 @@ class Twin:
 
     # -- data -------------------------------------------------------------------------------------
 
-    def _open(self, node: int, body: bytes, answer: Answer) -> bytes:
-        flags, _ = f.OPEN_IN.unpack_from(body)
+    def _open_known(self, node: int) -> int:
+        """Raises _Ask."""
         known = self._of(node)
-        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise _Ask
-        st = self._stat(known.directory, known.name)
-        if not stat.S_ISREG(st.st_mode) or len(self.open) + len(self.lent) >= self.descriptors:
+        if not stat.S_ISREG(self._stat(known.directory, known.name).st_mode):
             raise _Ask
         way = self._way(known.directory, known.name)
         try:
             if os.listxattr(way, follow_symlinks=False):  # it may say that the data lie elsewhere
                 raise _Ask
-            fd = os.open(way, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            return os.open(way, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             raise _Ask from None
+
+    def _open(self, node: int, body: bytes, answer: Answer) -> bytes:
+        if self.openless:
+            raise OSError(errno.ENOSYS, "")
+        flags, _ = f.OPEN_IN.unpack_from(body)
+        self._of(node)
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC or len(self.open) >= self.descriptors:
+            raise _Ask
+        fd = self._open_known(node)
         number = self._vacant.pop() if self._vacant else len(self.open)
         if self.plugged:
             self.open[number] = Opened(node, fd)
@@ -526,6 +550,17 @@ class Twin:
             os.close(fd)
             self._vacant.append(number)
         return f.OPEN_OUT.pack(NATIVE | number, f.FOPEN_KEEP_CACHE, 0)
+
+    def _descriptor(self, node: int) -> int:
+        """What a message without a handle means. Raises _Carry."""
+        if node in self.lent:
+            return self.lent[node][0]
+        if node not in self.kept:
+            try:
+                self.kept[node] = self._open_known(node)
+            except _Ask:
+                raise _Carry from None
+        return self.kept[node]
 
     def _opened(self, handle: int) -> Opened:
         """Raises _Ask for a handle of Python's, OSError for one that is closed."""
@@ -538,21 +573,28 @@ class Twin:
 
     def _read(self, node: int, body: bytes, answer: Answer) -> bytes:
         handle, offset, size, *_ = f.READ_IN.unpack_from(body)
-        fd = self.lent[handle][0] if handle in self.lent else self._opened(handle).fd
+        if self.openless and not handle:
+            fd = self._descriptor(node)
+        else:
+            fd = self.lent[handle][0] if handle in self.lent else self._opened(handle).fd
         if size > READ_MAX or offset >= 1 << 63:
             raise OSError(errno.EINVAL, "")
         return os.pread(fd, size, offset)
 
     def _write(self, node: int, body: bytes, answer: Answer) -> bytes | None:
-        handle, offset, size, flags, *_ = f.WRITE_IN.unpack_from(body)
+        handle, offset, size, flags, _, how, _ = f.WRITE_IN.unpack_from(body)
         data = body[f.WRITE_IN.size :]
-        fd, writes = self.lent.get(handle, (-1, False))
+        openless = self.openless and not handle
+        fd, writes = self.lent.get(node if openless else handle, (-1, False))
+        writes = writes and not (openless and how & os.O_SYNC)
         if writes and not self.writes_held and size <= min(WRITE_MAX, len(data)) and offset < 1 << 63:
             try:
                 if os.pwrite(fd, data[:size], offset) == size:
                     return f.WRITE_OUT.pack(size, 0)
             except OSError:
                 pass  # Python finds out, and remembers
+        if openless:
+            raise _Carry
         if self.offered & self.wanted & f.HANDLE_KILLPRIV_V2 and not flags & f.WRITE_KILL_SUIDGID:
             marked = struct.pack("<Q", handle | KEEPS_SETID)
             answer.frame = answer.frame[: f.IN_HEADER.size] + marked + body[8:]
@@ -576,11 +618,16 @@ class Twin:
 
     def _flush(self, node: int, body: bytes, answer: Answer) -> bytes:
         (handle,) = struct.unpack_from("<Q", body)
-        self._opened(handle)
+        if not (self.openless and not handle):
+            self._opened(handle)
         raise OSError(errno.ENOSYS, "")
 
     def _fsync(self, node: int, body: bytes, answer: Answer) -> bytes | None:
         (handle,) = struct.unpack_from("<Q", body)
+        if self.openless and not handle:
+            if node in self.known:  # nothing of a lower was written
+                return b""
+            raise _Carry
         opened = self._opened(handle)
         if opened.node in self.known or not self.carries:
             return b""
@@ -590,13 +637,12 @@ class Twin:
     def _lseek(self, node: int, body: bytes, answer: Answer) -> bytes | None:
         (handle,) = struct.unpack_from("<Q", body)
         try:
-            opened = self._opened(handle)
+            fd = self._descriptor(node) if self.openless and not handle else self._opened(handle).fd
         except _Ask:
-            answer.verdict = Verdict.CARRIED
-            return None
+            raise _Carry from None
         if len(body) < f.LSEEK_IN.size:
             raise OSError(errno.EINVAL, "")
         _, offset, whence, _ = f.LSEEK_IN.unpack_from(body)
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):  # the kernel knows the others itself
             raise OSError(errno.EINVAL, "")
-        return f.LSEEK_OUT.pack(os.lseek(opened.fd, offset - (offset >> 63 << 64), whence))
+        return f.LSEEK_OUT.pack(os.lseek(fd, offset - (offset >> 63 << 64), whence))
