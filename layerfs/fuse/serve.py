@@ -161,6 +161,7 @@ def _finish(upper: Upper | None) -> None:
     if upper is None:
         return
     server.remove(upper.work.state.fd)
+    upper.work.drop_parked()
     try:
         syncfs(upper.root.fd)
         if upper.volatile:

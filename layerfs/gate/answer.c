@@ -648,6 +648,9 @@ static enum verdict release(struct gate *gate, const struct fuse_in_header *in, 
 	memcpy(&arg, body, sizeof(arg));
 	if (in->opcode == FUSE_RELEASEDIR)
 		gate_unlist(gate, arg.fh);
+	/* Of a file that was created before the first OPEN. */
+	if (gate->openless && in->opcode == FUSE_RELEASE && !arg.fh)
+		return reply(gate, in, 0, NULL, 0);
 	if (!(arg.fh & NATIVE_HANDLE))
 		return PASSED;
 	files_close(&gate->files, arg.fh);

@@ -164,8 +164,8 @@ def verify(mountpoint: str, device_before: int) -> None:
 
 
 def mounts_of(device: int) -> dict[int, tuple[int, bytes]]:
-    """Where `device` is mounted, in every mount namespace that we may look into: mount id -> (a process
-    there, target).
+    """Where a FUSE file system is mounted, in every mount namespace that we may look into: mount id -> (a
+    process there, target).
 
     Mount ids are unique over all namespaces, but like device numbers they are given again once free: compare
     with what was there before.
@@ -181,7 +181,7 @@ def mounts_of(device: int) -> dict[int, tuple[int, bytes]]:
                 continue
             seen.add(namespace)
             for entry in read_mountinfo(name):
-                if entry.device == device:
+                if entry.device == device and entry.fstype.startswith(b"fuse"):
                     found[entry.mount_id] = (int(name), entry.target)
         except OSError:
             continue

@@ -35,7 +35,7 @@ def wait_until_gone(work: str) -> None:
     began = time.monotonic()
     while (holder := _holder(lock.fd)) is not None:
         connections = _connections(holder)
-        if connections is None or any(mounts_of(os.makedev(0, number)) for number in connections):
+        if connections is None or any(_is_mounted(holder, number) for number in connections):
             return
         try:
             ending = OwnedFd(os.pidfd_open(holder))
@@ -60,6 +60,22 @@ def _holder(fd: int) -> int | None:
     except OSError:
         return None
     return int(found[1]) or None if found else None
+
+
+def _is_mounted(pid: int, connection: int) -> bool:
+    """Whether a connection that a process holds is that of a mount. False also while that is not clear: its
+    number is the device's, which is free for the next mount once that is gone, so while another process holds
+    one of that number the mount may be that one's.
+    """
+    device = os.makedev(0, connection)
+    before = mounts_of(device)
+    if not before or any(
+        connection in (_connections(int(other)) or ())
+        for other in os.listdir("/proc")
+        if other.isdigit() and int(other) != pid
+    ):
+        return False
+    return not before.keys().isdisjoint(mounts_of(device))  # that one may have come and gone meanwhile
 
 
 def _connections(pid: int) -> list[int] | None:

@@ -83,6 +83,14 @@ class WorkDir:
         for name in os.listdir(self.fd.fd):
             remove_tree(self.fd.fd, os.fsencode(name))
 
+    def drop_parked(self) -> None:
+        """The mount has ended: nobody has such an object any more (see `Parked`)."""
+        for name in os.listdir(self.fd.fd):
+            try:
+                os.unlink(name, dir_fd=self.fd.fd)
+            except OSError:
+                pass  # the next mount removes it
+
     def mark_volatile(self) -> None:
         """Raises OSError."""
         os.makedirs(at_path(self.fd.fd, b"incompat/volatile"), 0o700)
@@ -101,6 +109,29 @@ class WorkDir:
     def temporary(self) -> bytes:
         """A name in `fd` that is not in use. The kernel's form: `#` and a number."""
         return b"#%x" % next(self._counter)
+
+
+class Parked:
+    """A name in the work directory of an object that has lost its last one elsewhere; gone with this."""
+
+    __slots__ = ("directory", "name")
+
+    def __init__(self, work: WorkDir, parent: int, name: bytes) -> None:
+        """Gives it to the object `name` in `parent`. Raises OSError."""
+        self.directory = work.fd
+        self.name = work.temporary()
+        os.link(name, self.name, src_dir_fd=parent, dst_dir_fd=work.fd.fd, follow_symlinks=False)
+
+    def __del__(self) -> None:
+        try:
+            os.unlink(self.name, dir_fd=self.directory.fd)
+        except OSError:
+            pass  # the next mount removes it
+
+
+#: What keeps an object of the upper reachable that has no name: a descriptor (O_PATH), or a name in the work
+#: directory.
+Pin = OwnedFd | Parked
 
 
 def _inherit_nothing(directory: OwnedFd, mode: int) -> None:

@@ -63,6 +63,10 @@ class Attributes:
             if not isinstance(node, File):
                 fail(errno.EISDIR)
             await self.copyup.data(node, caller, size=change.size)
+        elif isinstance(node, File) and _locks_out(change.mode):
+            # Whoever has it open may write to it yet: its xattrs could not be copied then.
+            await self.copyup.settle(node, caller)
+            await self.copyup.data(node, caller)
         else:
             await self._into_upper(node, caller)
         self.tree.changed(node)
@@ -249,3 +253,8 @@ def list_xattrs(tree: Tree, node: Node, caller: Caller) -> list[bytes]:
         for name in map(tree.stack.names.shown, present)
         if name is not None and (caller.uid == 0 or not name.startswith("trusted."))
     ]
+
+
+def _locks_out(mode: int | None) -> bool:
+    """Whether a file of that mode is one that its owner, this process, cannot read and write any more."""
+    return mode is not None and os.geteuid() != 0 and mode & 0o600 != 0o600

@@ -23,6 +23,7 @@ from layerfs.stack import Entry
 from layerfs.upper import copyup, journal
 from layerfs.upper.steps import step
 from layerfs.upper.upper import Upper
+from layerfs.upper.work import Parked, Pin
 from layerfs.vfs import setid
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.links import LinkIndex
@@ -90,6 +91,21 @@ class CopyUp:
         while self._jobs:
             await next(iter(self._jobs)).done.wait()
 
+    # -- what has no name -------------------------------------------------------------------------
+
+    def pin(self, node: Node, parent: OwnedFd, name: bytes) -> Pin | None:
+        """What keeps an object of the upper reachable that is about to lose its last known name (None: it is
+        not). Raises OSError."""
+        if node.names:
+            return None
+        try:
+            if isinstance(node, Directory) or self.tree.pins < self.tree.most_pins:
+                return self.upper.open_path(parent.fd, name)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or isinstance(node, Directory):
+                raise
+        return Parked(self.upper.work, parent.fd, name)
+
     # -- directories ------------------------------------------------------------------------------
 
     def directory(self, directory: Directory) -> OwnedFd:
@@ -142,12 +158,13 @@ class CopyUp:
         work = self.upper.work.fd.fd
         source = copyup.Source(home, directory.home_name, st, directory.id)
         temporary = copyup.make_directory(self.upper, source)
-        directory.pin = self.upper.open_path(work, temporary)
+        pin = self.upper.open_path(work, temporary)
+        self.tree.pin(directory, pin)
         self.upper.discard(temporary)
         self._moved_up(directory, None, b"")
         self.tally.directories += 1
         self.tree.keep_ctime(directory, st.st_ctime_ns)
-        return directory.pin
+        return pin
 
     def _one_directory(self, directory: Directory) -> None:
         parent = directory.parent
@@ -374,8 +391,7 @@ class CopyUp:
             raise
         if parent is None:
             # Unlinked while open: nobody else can see it, so the copy needs no name either.
-            work = self.upper.work.fd.fd
-            node.pin = self.upper.open_path(work, copy.temporary)
+            self.tree.pin(node, self.pin(node, self.upper.work.fd, copy.temporary))
             self.upper.discard(copy.temporary)
             name = b""
         else:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import errno
 
-from layerfs.fdutil import OwnedFd
 from layerfs.ids import NodeId, RealIno
 from layerfs.inodes import numbers
 from layerfs.overlay import whiteout
 from layerfs.stack import Entry, Merged
 from layerfs.upper.upper import Upper
+from layerfs.upper.work import Pin
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.node import Directory, File, Node
@@ -84,29 +84,22 @@ class Names:
         await self.copyup.attributes_only(node, caller)
         return True
 
-    def pin(self, node: Node, parent: OwnedFd, name: bytes) -> OwnedFd | None:
-        """What keeps an object reachable that is about to lose its last known name."""
-        if node.names:
-            return None
-        try:
-            return self.upper.open_path(parent.fd, name)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-        # Out of descriptors: an open handle keeps it as well; without one it can only be seen by those who
-        # hold it by O_PATH, and a new object that gets its inode number shows a temporary one (`Tree.claim`).
-        handles = node.handles if isinstance(node, File) else None
-        return next(iter(handles)).fd if handles else None
-
     def gone(
-        self, parent: Directory, name: bytes, entry: Entry, node: Node, pin: OwnedFd | None, *, hidden: bool
+        self,
+        parent: Directory,
+        name: bytes,
+        entry: Entry,
+        node: Node,
+        pin: Pin | None,
+        *,
+        hidden: bool,
     ) -> None:
         """Notes that an object lost a name; `hidden`: a whiteout stands there now."""
         entry.node = None
         self.drop_entry(parent, name, hidden=hidden)
         self.tree.drop_name(node, parent, name)
         if node.parent is None:
-            node.pin = pin
+            self.tree.pin(node, pin)
             self.tree.stack.pool.drop(node)
         self.tree.changed(node)
         self.tree.changed(parent)

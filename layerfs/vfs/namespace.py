@@ -19,6 +19,7 @@ from layerfs.overlay import acl, override
 from layerfs.overlay.owners import OVERFLOW
 from layerfs.stack import Entry, Merged
 from layerfs.upper.steps import step
+from layerfs.upper.work import Pin
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.names import Names, merged_is
 from layerfs.vfs.node import Directory, File, Node
@@ -121,7 +122,7 @@ class Namespace:
         node = self._new_node(File, b"", os.fstat(fd.fd).st_ino, region)
         assert isinstance(node, File)
         node.is_regular = True
-        node.pin = fd
+        self.tree.pin(node, fd)
         return node, fd
 
     def _masked(self, parent: Directory, parent_fd: OwnedFd, new: New, caller: Caller) -> New:
@@ -296,7 +297,7 @@ class Namespace:
                 break
         parent_fd = self.copyup.directory(parent)
         in_upper = entry.home is None
-        pin = self.names.pin(node, parent_fd, name) if in_upper else None
+        pin = self.copyup.pin(node, parent_fd, name) if in_upper else None
         if entry.lower:
             self.upper.whiteout(parent_fd.fd, name, present=in_upper)
         else:
@@ -318,12 +319,12 @@ class Namespace:
         if node.merged.names:
             fail(errno.ENOTEMPTY)
         parent_fd = self.copyup.directory(parent)
-        pin = None
+        pin: Pin | None = None
         whiteouts = len(node.merged.devices) + len(node.merged.marks)
         if entry.home is not None:
             self.upper.whiteout(parent_fd.fd, name, present=False)
         else:
-            pin = self.names.pin(node, parent_fd, name)
+            pin = self.copyup.pin(node, parent_fd, name)
             if not entry.lower and not whiteouts:
                 self.upper.remove_directory(parent_fd.fd, name)
             else:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerfs.fdutil import OwnedFd
 from layerfs.ids import NodeId
 from layerfs.stack import LowerDir, Merged
+from layerfs.upper.work import Pin
 
 if TYPE_CHECKING:
     import trio
@@ -51,9 +51,9 @@ class Node:
         self.real = 0
         #: which file system of its layer that is (`inodes.numbers`); empty: the layer's own
         self.region = b""
-        #: O_PATH descriptor of an upper object that has no name we know: keeps it reachable, and its inode
-        #: number from being used again
-        self.pin: OwnedFd | None = None
+        #: of an upper object that has no name we know: what keeps it reachable, and its inode number from
+        #: being used again; set by `Tree.pin`
+        self.pin: Pin | None = None
         #: what the kernel holds (FUSE lookup count)
         self.lookups = 0
         #: nodes that have this one as parent, open handles, running jobs

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from layerfs.fdutil import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, OwnedFd, renameat2
 from layerfs.stack import Entry, Merged
 from layerfs.upper.steps import step
+from layerfs.upper.work import Pin
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.names import Names, merged_is
 from layerfs.vfs.node import Directory, File, Node
@@ -231,10 +232,10 @@ class Rename:
         lower_at_target = target_merged.hides(new_name) or (target is not None and target.entry.lower)
         self._mark_moving(source, old_fd, lower_at_target)
         self._mark_parent(source, new_parent, old_fd)
-        pin: OwnedFd | None = None
+        pin: Pin | None = None
         target_in_upper = target is not None and target.entry.home is None
         if target is not None and target_in_upper:
-            pin = self.names.pin(target.node, new_fd, new_name)
+            pin = self.copyup.pin(target.node, new_fd, new_name)
             if target.entry.is_dir:
                 upper.clear(new_fd.fd, new_name)
                 step("rename.cleared")

@@ -32,6 +32,7 @@ from layerfs.stack import (
     own_redirect,
 )
 from layerfs.upper.upper import Upper
+from layerfs.upper.work import Parked, Pin
 from layerfs.vfs.node import Directory, File, Node
 
 if TYPE_CHECKING:
@@ -81,7 +82,13 @@ class _InUse:
 
 class Tree:
     def __init__(
-        self, stack: Stack, upper: Upper | None, owners: Owners | None = None, gate: Gate | None = None
+        self,
+        stack: Stack,
+        upper: Upper | None,
+        owners: Owners | None = None,
+        gate: Gate | None = None,
+        *,
+        most_pins: int = 1 << 20,
     ) -> None:
         self.stack = stack
         #: None: owners are shown as they are stored
@@ -100,6 +107,9 @@ class Tree:
         self.let_go_of_files: Callable[[Node], None] = lambda node: None
         #: directories whose attributes changed since `tell_changed`
         self._changed: set[Directory] = set()
+        #: how many nodes are kept reachable by a descriptor (`Node.pin`), and how many may be
+        self.pins = 0
+        self.most_pins = most_pins
         #: raised when a directory moves (see `links`)
         self.moves = 0
         self._temporary = 0
@@ -178,7 +188,7 @@ class Tree:
             node.names = None
             node.parent = None
             self.stack.pool.drop(node)
-            node.pin = None
+            self.pin(node, None)
             node = parent
 
     def entrust(self, node: Node, parent: Directory, name: bytes) -> None:
@@ -194,6 +204,10 @@ class Tree:
         if not self.gate.entrust(parent.id, name, lookups):
             assert parent.merged is not None
             self.child(parent, name, parent.merged.names[name]).lookups = lookups
+
+    def pin(self, node: Node, pin: Pin | None) -> None:
+        self.pins += isinstance(pin, OwnedFd) - isinstance(node.pin, OwnedFd)
+        node.pin = pin
 
     def let_go(self, id: int) -> None:
         """The gate holds nothing of a directory any more."""
@@ -211,7 +225,7 @@ class Tree:
         """`node` has the name `name` in `parent` (as well)."""
         if node.parent is None and node.id != ROOT:
             node.parent, node.name = parent, name
-            node.pin = None
+            self.pin(node, None)
         elif (node.parent, node.name) == (parent, name) or (node.names and (parent, name) in node.names):
             return
         else:
@@ -393,7 +407,7 @@ class Tree:
         """An O_PATH descriptor of the directory's upper part, which must exist. Raises OSError."""
         assert directory.in_upper and self.stack.upper is not None
         if directory.parent is None:
-            if directory.pin is not None:
+            if isinstance(directory.pin, OwnedFd):
                 return directory.pin
             if directory.id != ROOT:
                 fail(errno.ENOENT)
@@ -422,6 +436,8 @@ class Tree:
         """(directory descriptor, name) of the real object now; an empty name means the descriptor is the
         object. Raises OSError.
         """
+        if isinstance(node.pin, Parked):
+            return node.pin.directory, node.pin.name
         if node.pin is not None:
             return node.pin, b""
         if node.in_upper:
@@ -612,6 +628,8 @@ class Tree:
 
     def _upper_attributes(self, node: Node, st: os.stat_result, nlink: int) -> Attributes:
         ctime = st.st_ctime_ns
+        if isinstance(node.pin, Parked):
+            nlink -= 1
         if nlink > 1 and self.upper is not None and isinstance(node, File):
             nlink = max(1, nlink + self.upper.hidden_links(*self.where(node)))
         kept = self.shown_ctimes.get(st.st_ino)

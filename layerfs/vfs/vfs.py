@@ -103,7 +103,8 @@ class Vfs:
         self.stack = stack
         self._xattrs = xattrs
         self.upper = upper
-        self.tree = Tree(stack, upper, owners, gate)
+        pins = {"most_pins": unasked} if unasked else {}
+        self.tree = Tree(stack, upper, owners, gate, **pins)
         links = LinkIndex(self.tree, upper_was_empty=_is_empty(stack))
         self.tree.links = links
         self.tally = Tally()

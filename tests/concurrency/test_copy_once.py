@@ -1,5 +1,9 @@
 """One copy-up for all who want it; who waits can be interrupted and killed; a copy that nobody wants is given
 up and leaves nothing.
+
+Where the kernel asks before it opens a file (data=python) that is open(2). Where it does not (data=cached) it
+is the first write(2), for which the kernel holds the inode's lock: a second writer waits for that, and so
+does unlink(2) of the file.
 """
 
 from __future__ import annotations
@@ -21,26 +25,33 @@ from .conftest import GIB, PATIENCE, Created, Doing, copies_under_way, eventuall
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("root")]
 
-#: Opens argv[1] for writing by open(2) itself: Python would call it again after EINTR. Says what came of it.
+#: Opens argv[1] for writing by open(2) itself: Python would call it again after EINTR; then writes argv[2],
+#: if there is one. Says what came of it.
 _OPENER = """
 import ctypes, os, signal, sys
 signal.signal(signal.SIGUSR1, lambda *_: None)
 signal.siginterrupt(signal.SIGUSR1, True)
 libc = ctypes.CDLL(None, use_errno=True)
 print("ready", flush=True)
-fd = libc.open(os.fsencode(sys.argv[1]), os.O_RDWR)
-print(ctypes.get_errno() if fd < 0 else "opened", flush=True)
+done = fd = libc.open(os.fsencode(sys.argv[1]), os.O_RDWR)
+if sys.argv[2:]:
+    done = libc.pwrite(fd, sys.argv[2].encode(), len(sys.argv[2]), 0)
+print(ctypes.get_errno() if done < 0 else "done", flush=True)
 """
 
-_SYSCALL_OPENAT = {"x86_64": 257, "aarch64": 56}.get(os.uname().machine, -1)
+_OPENAT, _PWRITE = {"x86_64": (257, 18), "aarch64": (56, 68)}.get(os.uname().machine, (-1, -1))
 
 
 class Opener:
-    """A process that opens a file for writing."""
+    """A process that opens a file for writing, and writes `text` to its start."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, text: str = "") -> None:
+        self._waits_in = str(_PWRITE if text else _OPENAT)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _OPENER, str(path)], stdout=subprocess.PIPE, text=True, cwd="/"
+            [sys.executable, "-c", _OPENER, str(path), *([text] if text else [])],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd="/",
         )
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
@@ -51,12 +62,12 @@ class Opener:
 
     @property
     def waits(self) -> bool:
-        """Whether it is inside open(2)."""
+        """Whether it is inside open(2), or pwrite(2) when it writes."""
         try:
             said = Path(f"/proc/{self.process.pid}/syscall").read_text().split()
         except OSError:
             return False
-        return said[0] == str(_SYSCALL_OPENAT)
+        return said[0] == self._waits_in
 
     def answer(self) -> str:
         return self.process.communicate(timeout=PATIENCE)[0].strip()
@@ -70,7 +81,7 @@ def big_stack(make_stack: type[Stack], big_files: Callable[[int], Path]) -> Stac
 
 
 def test_two_writers_copy_once(big_stack: Stack) -> None:
-    with Layerfs(big_stack) as mount, Created(f"{big_stack.work}/work") as created:
+    with Layerfs(big_stack, "data=python") as mount, Created(f"{big_stack.work}/work") as created:
         path = mount.mnt / "big"
         writers = [Doing(lambda: os.open(path, os.O_RDWR)) for _ in range(2)]
         one, two = (writer.result() for writer in writers)
@@ -89,19 +100,19 @@ def test_two_writers_copy_once(big_stack: Stack) -> None:
 
 def test_a_signal_ends_waiting(big_stack: Stack) -> None:
     """The one who got it is told EINTR while the other one still waits for the copy, which goes on."""
-    with Layerfs(big_stack) as mount, Created(f"{big_stack.work}/work") as created:
+    with Layerfs(big_stack, "data=python") as mount, Created(f"{big_stack.work}/work") as created:
         other = Opener(mount.mnt / "big")
         hit = Opener(mount.mnt / "big")
         assert eventually(lambda: copies_under_way(big_stack) and hit.waits)
         os.kill(hit.process.pid, signal.SIGUSR1)
         assert hit.answer() == str(errno.EINTR)
         assert not other.ended, "the copy-up was over when the signal was answered"
-        assert other.answer() == "opened"
+        assert other.answer() == "done"
         assert len(created.names()) == 1
 
 
 def test_a_killed_waiter_is_gone(big_stack: Stack) -> None:
-    with Layerfs(big_stack) as mount:
+    with Layerfs(big_stack, "data=python") as mount:
         other = Opener(mount.mnt / "big")
         hit = Opener(mount.mnt / "big")
         assert eventually(lambda: copies_under_way(big_stack) and hit.waits)
@@ -109,13 +120,23 @@ def test_a_killed_waiter_is_gone(big_stack: Stack) -> None:
         assert hit.process.wait(PATIENCE) == -signal.SIGKILL
         assert not other.ended, "the copy-up was over when the killed process was gone"
         hit.answer()
-        assert other.answer() == "opened"
+        assert other.answer() == "done"
+
+
+def test_two_that_write_copy_once(big_stack: Stack) -> None:
+    with Layerfs(big_stack, "data=cached") as mount, Created(f"{big_stack.work}/work") as created:
+        writers = [Opener(mount.mnt / "big", text) for text in ("one", "twotwo")]
+        assert [writer.answer() for writer in writers] == ["done", "done"]
+        assert len(created.names()) == 1
+        with open(mount.mnt / "big", "rb") as file:
+            assert file.read(6) in (b"onetwo", b"twotwo")
 
 
 @pytest.mark.parametrize("how", [signal.SIGUSR1, signal.SIGKILL], ids=["SIGUSR1", "SIGKILL"])
-def test_a_copy_that_nobody_wants_leaves_nothing(big_stack: Stack, how: signal.Signals) -> None:
-    with Layerfs(big_stack) as mount:
-        opener = Opener(mount.mnt / "big")
+@pytest.mark.parametrize("at", ["open", "write"])
+def test_a_copy_that_nobody_wants_leaves_nothing(big_stack: Stack, how: signal.Signals, at: str) -> None:
+    with Layerfs(big_stack, "data=python" if at == "open" else "data=cached") as mount:
+        opener = Opener(mount.mnt / "big", "" if at == "open" else "text")
         assert eventually(lambda: copies_under_way(big_stack) and opener.waits)
         os.kill(opener.process.pid, how)
         opener.process.wait(PATIENCE)
@@ -134,7 +155,7 @@ def test_a_copy_that_nobody_wants_leaves_nothing(big_stack: Stack, how: signal.S
 
 def test_another_name_is_free_while_the_mount_waits_for_a_copy(big_stack: Stack) -> None:
     """Names can be changed beside a copy-up: the copied file's own, too."""
-    with Layerfs(big_stack) as mount:
+    with Layerfs(big_stack, "data=python") as mount:
         opener = Opener(mount.mnt / "big")
         assert eventually(lambda: copies_under_way(big_stack))
         (mount.mnt / "new").mkdir()
@@ -143,5 +164,5 @@ def test_another_name_is_free_while_the_mount_waits_for_a_copy(big_stack: Stack)
         os.unlink(mount.mnt / "big")
         assert not opener.ended, "changes waited for the copy-up"
         assert not os.path.exists(mount.mnt / "big")
-        assert opener.answer() == "opened"
+        assert opener.answer() == "done"
         assert sorted(os.listdir(mount.mnt)) == ["elsewhere", "newer"]

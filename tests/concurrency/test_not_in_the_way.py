@@ -26,15 +26,19 @@ from .valve import Valve
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("root")]
 
 
-def _open_for_writing(path: Path) -> None:
-    os.close(os.open(path, os.O_RDWR))
+def _write_first(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.pwrite(fd, b"1", 0)
+    finally:
+        os.close(fd)
 
 
 def test_a_copy_up(make_stack: type[Stack], big: int, big_files: Callable[[int], Path]) -> None:
     stack = make_stack()
     stack.lowers = [big_files(big)]
     with Layerfs(stack) as mount:
-        copy = Doing(lambda: _open_for_writing(mount.mnt / "big"))
+        copy = Doing(lambda: _write_first(mount.mnt / "big"))
         assert eventually(lambda: copies_under_way(stack) or copy.ended)
         assert not copy.ended, "the copy has not begun"
         thousand_stats(mount.mnt)
@@ -53,7 +57,7 @@ def test_fifty_copy_ups(make_stack: type[Stack]) -> None:
     with Layerfs(stack) as mount:
 
         def one(number: int) -> Callable[[], None]:
-            return lambda: _open_for_writing(mount.mnt / f"file{number}")
+            return lambda: _write_first(mount.mnt / f"file{number}")
 
         copies = [Doing(one(number)) for number in range(count)]
         assert eventually(lambda: copies_under_way(stack))
@@ -95,7 +99,7 @@ def test_a_copy_up_on_a_disk_that_stands_still(make_stack: type[Stack], valve: V
     real_data(lower.lowers[0] / "file", 32 * MIB)
     with Layerfs(stack) as mount:
         valve.shut()
-        copies = [Doing(lambda: _open_for_writing(mount.mnt / "file")) for _ in range(3)]
+        copies = [Doing(lambda: _write_first(mount.mnt / "file")) for _ in range(3)]
         try:
             assert eventually(lambda: in_fsync(mount) or any(copy.ended for copy in copies))
             thousand_stats(mount.mnt)

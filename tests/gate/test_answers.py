@@ -642,6 +642,11 @@ def test_as_many_nodes_are_kept_open_as_descriptors_are_given(make_pair: Callabl
     assert pair.core.counts().open == 0
 
 
+def test_what_was_created_before_the_first_open_is_released(unasked: Pair) -> None:
+    assert payload(unasked.feed(f.release(77, 0))) == b""
+    assert passed(unasked.feed(f.release(77, 0, f.RELEASEDIR)))
+
+
 def test_an_open_that_cuts_is_a_setattr(unasked: Pair) -> None:
     libfuse = f.INIT_OUT.pack(7, 38, 0, 1 << 5 | f.ATOMIC_O_TRUNC, 12, 9, 1 << 20, 1, 256, 0, 0, 0)
     packet = unasked.libfuse_replies(f.INIT, libfuse)

@@ -113,10 +113,7 @@ def test_a_warm_tree(mounted: Layerfs) -> None:
     assert caused(mounted, look) == {}
     assert caused(mounted, follow) == {}
     assert caused(mounted, ask) == {}
-    opened = caused(mounted, read)
-    assert opened.pop(("open", "native")) == len(FILES)
-    assert opened.pop(("release", "native")) in range(len(FILES) - 8, len(FILES) + 9)  # nobody waits for them
-    assert opened == {}
+    assert caused(mounted, read) == {}
     listed = caused(mounted, listing)
     assert listed.pop(("opendir", "python")) == len(DIRECTORIES)
     # The kernel may keep listings of a read-only mount alone; having listed, it asks for the access time.
@@ -161,7 +158,7 @@ def test_absent_names(mounted: Layerfs) -> None:
 
 
 def test_small_files_are_made(mounted: Layerfs) -> None:
-    """CREATE and RELEASE alone are Python's."""
+    """CREATE alone is Python's."""
     os.mkdir(mounted.mnt / "new")
     numbers = itertools.count()
 
@@ -174,7 +171,5 @@ def test_small_files_are_made(mounted: Layerfs) -> None:
 
     made = caused(mounted, create)
     python = {kind: count for (kind, who), count in made.items() if who == "python"}
-    assert python.pop("create") == 100
-    assert python.pop("release") in range(92, 109)  # nobody waits for them
-    assert python == {}
+    assert python == {"create": 100}
     assert made["write", "native"] == 100

@@ -518,7 +518,7 @@ class Twin:
     def _releasedir(self, node: int, body: bytes, answer: Answer) -> bytes:
         handle, *_ = f.RELEASE_IN.unpack_from(body)
         self.listings.pop(handle, None)
-        return self._release(node, body, answer)
+        return self._release_native(handle)
 
     # -- data -------------------------------------------------------------------------------------
 
@@ -608,6 +608,11 @@ class Twin:
 
     def _release(self, node: int, body: bytes, answer: Answer) -> bytes:
         handle, *_ = f.RELEASE_IN.unpack_from(body)
+        if self.openless and not handle:  # created before the first OPEN
+            return b""
+        return self._release_native(handle)
+
+    def _release_native(self, handle: int) -> bytes:
         if not handle & NATIVE:
             raise _Ask
         opened = self.open.pop(handle & ~NATIVE, None)

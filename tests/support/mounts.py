@@ -524,7 +524,7 @@ class Layerfs(_Daemon):
     def _gate(self) -> list[str]:
         """What --gate asks for, unless the test asks for something itself."""
         asked = [f"gate={gate}"] if gate is not None else []
-        return [] if any(option.startswith("gate=") for option in self.options) else asked
+        return [] if any(option.startswith(("gate=", "data=")) for option in self.options) else asked
 
     def _open(self) -> None:
         if not self.log.exists():
