@@ -65,7 +65,8 @@ class Gate(Protocol):
         """`name` in `directory` is about to appear or mean something else."""
 
     def vanish_name(self, directory: NodeId, name: bytes) -> None:
-        """`name` in `directory` is about to vanish. Listings stay good: they pass it over."""
+        """`name` in `directory` is about to vanish: it is absent until it is retracted. Listings stay good:
+        they pass it over."""
 
     def tell_attributes(self, node: NodeId, shown: Shown) -> None:
         """What stat shows of a node, until it is retracted or forgotten."""

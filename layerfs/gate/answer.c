@@ -11,6 +11,7 @@
 #include <sys/statvfs.h>
 #include <sys/uio.h>
 #include <sys/xattr.h>
+#include <time.h>
 #include <unistd.h>
 
 /* Seconds the kernel may keep what it was told: only layerfs changes the tree, through that kernel. */
@@ -105,7 +106,7 @@ uint64_t gate_adopt(struct gate *gate, struct directory *directory, uint32_t pos
 {
 	const struct name *name = &directory->names[position];
 
-	if (name->kind != NAME_ASK)
+	if (name->kind == NAME_PLAIN)
 		files_drop(&gate->files, directory->homes[name->home].base | name->real);
 	return facts_adopt(&gate->facts, directory, position);
 }
@@ -197,7 +198,7 @@ static enum verdict lookup(struct gate *gate, const struct fuse_in_header *in, c
 	if (!directory || length == size || length > 255)
 		return PASSED;
 	found = facts_find(&gate->facts, directory, body, length);
-	if (found < 0) {
+	if (found < 0 || directory->names[found].kind == NAME_GONE) {
 		if (body[0] == '.' && (!body[1] || (body[1] == '.' && !body[2])))
 			return PASSED;
 		out = (struct fuse_entry_out){.entry_valid = FOR_EVER};
@@ -449,6 +450,8 @@ static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *
 		struct known *known;
 		struct stat st;
 
+		if (name->kind == NAME_GONE)
+			continue;
 		if (room - used < FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + name->length))
 			break;
 		if (!facts_stat(&gate->facts, directory, position, &st) ||
@@ -801,8 +804,25 @@ static enum verdict decide(struct gate *gate, struct fuse_in_header *in, char *b
 	}
 }
 
+static uint64_t now_us(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
+}
+
+static void count(struct gate *gate, uint32_t opcode, uint64_t us)
+{
+	unsigned bucket = us ? 64 - (unsigned)__builtin_clzll(us) : 0;
+
+	gate->natively[opcode]++;
+	gate->took[opcode][bucket < BUCKETS ? bucket : BUCKETS - 1]++;
+}
+
 enum verdict gate_answer(struct gate *gate, void *frame, size_t *size)
 {
+	uint64_t began = now_us();
 	struct fuse_in_header in;
 	enum verdict verdict;
 	uint32_t opcode;
@@ -816,6 +836,9 @@ enum verdict gate_answer(struct gate *gate, void *frame, size_t *size)
 		memcpy(frame, &in, sizeof(in)); /* it may have become shorter */
 	if (verdict == CARRIED && !gate->carries)
 		verdict = reply(gate, &in, ENOSYS, NULL, 0);
-	++*(verdict == ANSWERED ? &gate->natively[opcode] : &gate->passed[opcode]);
+	if (verdict == ANSWERED)
+		count(gate, opcode, now_us() - began);
+	else
+		gate->passed[opcode]++;
 	return verdict;
 }

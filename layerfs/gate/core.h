@@ -42,6 +42,7 @@ enum {
 	NAME_ASK = 0,   /* Python knows */
 	NAME_PLAIN = 1, /* an object of one lower, shown as it is there, but for its number */
 	NAME_PLAIN_DIRECTORY = 2, /* such a directory: it has no xattrs, or Python is asked */
+	NAME_GONE = 3,  /* there was such a name */
 };
 
 /* A lower directory that names of a merged directory lie in. */
@@ -122,7 +123,7 @@ uint64_t facts_offset(const struct directory *directory, uint32_t position);
  * gone that keeping them is not worth it; the directory must be forgotten. */
 bool facts_retract(struct facts *facts, struct directory *directory, const char *name, size_t length);
 
-/* The name is gone. Listings pass it over, so none has to be made anew. */
+/* The name is gone, until it is retracted. Listings pass it over, so none has to be made anew. */
 void facts_vanish(const struct facts *facts, struct directory *directory, const char *name, size_t length);
 
 /* Whether the object has no xattrs at all. */
@@ -153,6 +154,7 @@ uint64_t facts_adopt(struct facts *facts, struct directory *directory, uint32_t 
 struct file {
 	uint64_t node;
 	int fd;
+	bool kept; /* nobody opened it */
 	bool used; /* since `files_keep` last looked for one to close */
 };
 
@@ -191,6 +193,7 @@ enum verdict {
 };
 
 #define OPCODES 64
+#define BUCKETS 24
 
 /* What Python said of an object that it has a node for. */
 struct told {
@@ -239,6 +242,8 @@ struct gate {
 	uint64_t extra_init_flags; /* asked for beside libfuse's, where the kernel offers them */
 	uint64_t bytes_read, bytes_written;
 	uint64_t natively[OPCODES], passed[OPCODES];
+	/* Of those answered natively, how many took less than 2^k us and no less than half of that; the last: longer. */
+	uint32_t took[OPCODES][BUCKETS];
 	char *reply; /* room for a listing */
 	size_t reply_size;
 	/* Python may let go of this directory now */

@@ -294,13 +294,18 @@ void facts_vanish(const struct facts *facts, struct directory *directory, const 
 	int64_t found = facts_find(facts, directory, text, length);
 
 	if (found >= 0)
-		directory->names[found].kind = NAME_ASK;
+		directory->names[found].kind = NAME_GONE;
 }
 
 void facts_give_back(struct directory *directory, uint32_t position, uint8_t kind)
 {
 	if (directory->names[position].real)
 		directory->names[position].kind = kind & 15;
+}
+
+static bool is_plain(const struct name *name)
+{
+	return name->kind == NAME_PLAIN || name->kind == NAME_PLAIN_DIRECTORY;
 }
 
 /* -- objects -------------------------------------------------------------------------------------------------------- */
@@ -355,7 +360,7 @@ bool facts_stat(struct facts *facts, struct directory *directory, uint32_t posit
 	char text[256];
 	int fd;
 
-	if (name->kind == NAME_ASK)
+	if (!is_plain(name))
 		return false;
 	fd = facts_place(facts, directory, position, text);
 	if (fd < 0 || fstatat(fd, text, st, AT_SYMLINK_NOFOLLOW))
@@ -411,7 +416,7 @@ uint64_t facts_adopt(struct facts *facts, struct directory *directory, uint32_t 
 	struct known *known;
 	uint64_t lookups;
 
-	if (name->kind == NAME_ASK)
+	if (!is_plain(name))
 		return 0;
 	name->kind = NAME_ASK;
 	known = map_get(&facts->known, directory->homes[name->home].base | name->real);

@@ -35,7 +35,7 @@ static int64_t place_for(struct files *files, uint64_t node, int fd)
 		}
 		at = files->count++;
 	}
-	files->table[at] = (struct file){node, fd, true};
+	files->table[at] = (struct file){node, fd, false, true};
 	files->open++;
 	return at;
 }
@@ -59,7 +59,7 @@ struct file *files_get(struct files *files, uint64_t handle)
 {
 	uint64_t at = handle & ~NATIVE_HANDLE;
 
-	if (!(handle & NATIVE_HANDLE) || at >= files->count || files->table[at].fd < 0)
+	if (!(handle & NATIVE_HANDLE) || at >= files->count || files->table[at].fd < 0 || files->table[at].kept)
 		return NULL;
 	return &files->table[at];
 }
@@ -109,6 +109,7 @@ bool files_keep(struct files *files, uint64_t node, int fd)
 	at = place_for(files, node, fd);
 	if (at < 0)
 		return false;
+	files->table[at].kept = true;
 	if (map_put(&files->kept, node, (void *)(uintptr_t)(at + 1)))
 		return true;
 	/* `fd` stays the caller's. */

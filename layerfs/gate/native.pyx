@@ -28,8 +28,8 @@ cdef extern from "<sys/stat.h>" nogil:
 
 
 cdef extern from "core.h":
-    int OPCODES
-    int NAME_ASK, NAME_PLAIN, NAME_PLAIN_DIRECTORY
+    int OPCODES, BUCKETS
+    int NAME_ASK, NAME_PLAIN, NAME_PLAIN_DIRECTORY, NAME_GONE
 
     struct map:
         size_t used
@@ -92,6 +92,7 @@ cdef extern from "core.h":
         uint64_t extra_init_flags
         uint64_t natively[64]
         uint64_t passed[64]
+        uint32_t took[64][24]
         void (*let_go)(uint64_t) noexcept
         void (*carry)(const void *, size_t) noexcept nogil
 
@@ -450,7 +451,7 @@ cdef class NativeGate:
         """Whether the gate would answer for a name."""
         cdef directory *found
         cdef int64_t position = _find(id, name, &found)
-        return position >= 0 and found.names[position].kind != NAME_ASK
+        return position >= 0 and found.names[position].kind in (NAME_PLAIN, NAME_PLAIN_DIRECTORY)
 
     # -- looking in -------------------------------------------------------------------------------
 
@@ -462,6 +463,9 @@ cdef class NativeGate:
             name = OPCODE_NAMES.get(opcode, f"opcode{opcode}")
             if _gate.natively[opcode]:
                 counts[f"native.{name}"] = _gate.natively[opcode]
+                for bucket in range(BUCKETS):
+                    if _gate.took[opcode][bucket]:
+                        counts[f"latency.{name}.{bucket}"] = _gate.took[opcode][bucket]
             if _gate.passed[opcode]:
                 counts[f"passed.{name}"] = _gate.passed[opcode]
         return counts

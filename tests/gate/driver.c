@@ -298,6 +298,16 @@ static void command(void)
 			put_number(directory && facts_retract(&gate.facts, directory, name, length), 1);
 		}
 		break;
+	case 'v': /* id, name: it vanishes */
+		directory = facts_directory(&gate.facts, number(8));
+		{
+			size_t length;
+			const char *name = string(&length);
+
+			if (directory)
+				facts_vanish(&gate.facts, directory, name, length);
+		}
+		break;
 	case 'A': /* id, name: adopt. u64: lookups */
 		directory = facts_directory(&gate.facts, number(8));
 		position = position_in(directory);

@@ -117,6 +117,9 @@ class Driver:
     def retract(self, id: int, name: bytes) -> bool:
         return self._do(b"R", _named(id, name)) == b"\1"
 
+    def vanish(self, id: int, name: bytes) -> None:
+        self._do(b"v", _named(id, name))
+
     def adopt(self, id: int, name: bytes) -> int:
         return _number(self._do(b"A", _named(id, name)))
 

@@ -78,6 +78,10 @@ class Pair:
         assert self.core.retract(id, name) == done
         return done
 
+    def vanish(self, id: int, name: bytes) -> None:
+        self.core.vanish(id, name)
+        self.twin.vanish(id, name)
+
     def adopt(self, id: int, name: bytes) -> int:
         lookups = self.twin.adopt(id, name)
         assert self.core.adopt(id, name) == lookups

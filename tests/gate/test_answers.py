@@ -382,6 +382,18 @@ def test_a_rewind_asks_python_every_time(tree: Pair) -> None:
         assert f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 2)))) == [b"file", b"link"]
 
 
+def test_a_name_that_has_vanished(tree: Pair) -> None:
+    """Absent until it comes again; listings pass it over."""
+    tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link", b"other"])
+    tree.adopt(ROOT, b"link")
+    tree.vanish(ROOT, b"link")
+    assert payload(tree.feed(f.lookup(ROOT, b"link"))) == f.ABSENT
+    listed = f.names_of(payload(tree.feed(f.readdirplus(ROOT, LISTS_ROOT, 0))))
+    assert listed == [b".", b"..", b"file", b"other"]
+    tree.retract(ROOT, b"link")
+    assert passed(tree.feed(f.lookup(ROOT, b"link")))
+
+
 def test_a_listing_begins_with_what_is_there_when_it_is_read(tree: Pair) -> None:
     """Not with what was there at OPENDIR: the kernel keeps it as the state of when it began to read."""
     tree.list_names(LISTS_ROOT, ROOT, [b"file", b"link"])

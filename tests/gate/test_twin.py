@@ -125,6 +125,11 @@ class Program(RuleBasedStateMachine):
         self.pair.retract(id, name)
 
     @rule(id=DIRECTORIES, name=st.sampled_from(NAMES))
+    def vanish(self, id: int, name: bytes) -> None:
+        self.pair.adopt(id, name)  # Python makes a node of whatever it changes
+        self.pair.vanish(id, name)
+
+    @rule(id=DIRECTORIES, name=st.sampled_from(NAMES))
     def give_back(self, id: int, name: bytes) -> None:
         self.pair.give_back(id, name)
 

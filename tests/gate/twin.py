@@ -56,6 +56,8 @@ class Name:
     answered: bool
     #: what a listing calls the place behind it
     offset: int
+    #: it has vanished
+    gone: bool = False
 
 
 @dataclass
@@ -172,8 +174,13 @@ class Twin:
         if name not in directory.names:
             # Before all others: who lists meanwhile does not come to it.
             directory.names[name] = Name(None, False, (1 << 29) - len(directory.names) + 2)
-        directory.names[name].answered = False
+        directory.names[name].answered = directory.names[name].gone = False
         return True
+
+    def vanish(self, id: int, name: bytes) -> None:
+        directory = self.directories.get(id)
+        if directory is not None and name in directory.names:
+            directory.names[name].answered, directory.names[name].gone = False, True
 
     def adopt(self, id: int, name: bytes) -> int:
         directory = self.directories.get(id)
@@ -193,8 +200,8 @@ class Twin:
     def give_back(self, id: int, name: bytes) -> None:
         directory = self.directories.get(id)
         found = directory.names.get(name) if directory else None
-        if found is not None:
-            found.answered = found.plain is not None
+        if found is not None and found.plain is not None:
+            found.answered, found.gone = True, False
 
     def holds(self, id: int) -> bool:
         directory = self.directories.get(id)
@@ -225,7 +232,10 @@ class Twin:
         for opened in switched:
             os.close(opened.fd)
             opened.fd = os.open(path, os.O_RDONLY)
-        return len(switched)
+        if node in self.kept:
+            self._drop(node)
+            self.kept[node] = os.open(path, os.O_RDONLY)
+        return len(switched) + (node in self.kept)
 
     # -- objects ----------------------------------------------------------------------------------
 
@@ -414,7 +424,7 @@ class Twin:
         directory = self.directories.get(node)
         if directory is None or not end or len(name) > 255:
             raise _Ask
-        if name not in directory.names:
+        if name not in directory.names or directory.names[name].gone:
             if name in (b".", b".."):
                 raise _Ask
             return f.ABSENT
@@ -493,7 +503,7 @@ class Twin:
             payload += item
         for name in listing.names if begun else ():
             behind = directory.names[name].offset
-            if behind <= offset:
+            if behind <= offset or directory.names[name].gone:
                 continue
             if len(payload) + len(f.listed(name, 0, 0, 0)) > room:
                 break
