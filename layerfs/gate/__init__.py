@@ -111,6 +111,15 @@ class Gate(Protocol):
     def take_back(self, handle: int) -> None:
         """That ends; before the handle is closed at the latest."""
 
+    def open_backing(self, handle: int, node: NodeId, fd: int, allowed: bool) -> int:
+        """`handle` of `node` is about to be opened; `fd` is its file. `allowed`: the kernel may read and
+        write that itself (passthrough), unless it has the node open otherwise. Returns the id of the file
+        that it reads and writes, the same for all handles that are open at a time; 0: it asks us, and keeps
+        pages."""
+
+    def close_backing(self, handle: int, node: NodeId) -> None:
+        """It was released."""
+
     def hold_writes(self, held: bool) -> None:
         """Whether Python must see every WRITE."""
 
@@ -204,6 +213,12 @@ class NoGate:
         pass
 
     def take_back(self, handle: int) -> None:
+        pass
+
+    def open_backing(self, handle: int, node: NodeId, fd: int, allowed: bool) -> int:
+        return 0
+
+    def close_backing(self, handle: int, node: NodeId) -> None:
         pass
 
     def hold_writes(self, held: bool) -> None:

@@ -17,6 +17,7 @@ from layerfs.vfs import setid
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.node import Directory, File
+from layerfs.vfs.passthrough import Passthrough
 from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import Tree, fail
 
@@ -33,7 +34,7 @@ _INLINE_WRITE = 64 << 10
 class Handle:
     """An open file. `fd` is replaced when the file is copied up."""
 
-    __slots__ = ("_lent", "fd", "id", "node", "opener", "sync", "writable")
+    __slots__ = ("_lent", "backing", "fd", "id", "keeps_pages", "node", "opener", "sync", "writable")
 
     def __init__(self, id: HandleId, node: File, fd: OwnedFd, flags: int, opener: Caller) -> None:
         self.id = id
@@ -44,9 +45,16 @@ class Handle:
         self.sync = bool(flags & _SYNC)
         #: what the gate has: the descriptor, and whether it writes
         self._lent: tuple[OwnedFd, bool] | None = None
+        #: id of the file that the kernel reads and writes in our place; 0: it asks us
+        self.backing = 0
+        #: the kernel may use pages that it has of the file
+        self.keeps_pages = True
 
     def lend(self, gate: Gate, *, writes: bool) -> None:
-        """Lets the gate read the file, and write it or no longer. Costs nothing when that is so already."""
+        """Lets the gate read the file, and write it or no longer. Costs nothing when that is so already, or the
+        kernel asks nobody."""
+        if self.backing:
+            return
         if self._lent is None or self._lent[0] is not self.fd or self._lent[1] is not writes:
             self._lent = self.fd, writes
             gate.lend(self.id, self.fd.fd, writes)
@@ -69,8 +77,17 @@ class DirectoryHandle:
 
 
 class Files:
-    def __init__(self, tree: Tree, upper: Upper | None, copyup: CopyUp | None, tally: Tally) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        upper: Upper | None,
+        copyup: CopyUp | None,
+        tally: Tally,
+        passthrough: Passthrough | None = None,
+    ) -> None:
         self.tree = tree
+        #: None: the kernel asks for everything that it does not keep
+        self.passthrough = passthrough
         self.tally = tally
         self.upper = upper
         self.copyup = copyup
@@ -132,6 +149,8 @@ class Files:
         if handle.writable:
             assert self.upper is not None
             node.privileged = bool(self.upper.stat(fd).st_mode & setid.SETID)
+        if self.passthrough is not None:
+            self.passthrough.open(handle, flags)
         self.lend(handle)
         return handle
 
@@ -148,6 +167,8 @@ class Files:
         handle = self._handles.pop(id, None)
         if handle is not None:
             self.tree.gate.take_back(id)
+            if self.passthrough is not None:
+                self.passthrough.close(handle)
             node = handle.node
             if node.handles is not None:
                 node.handles.discard(handle)
@@ -163,6 +184,10 @@ class Files:
     def open_for_writing(self) -> set[File]:
         """The files of the upper that somebody can write to."""
         return {each.node for each in self._handles.values() if each.writable and each.node.in_upper}
+
+    def written_past_us(self) -> set[File]:
+        """Those of them that the kernel writes itself."""
+        return {each.node for each in self._handles.values() if each.writable and each.backing}
 
     # -- data -------------------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ class Attributes:
     nlink: int
     ctime_ns: int
     blocks: int
+    #: they may change and nobody tells
+    fleeting: bool = False
 
 
 class _InUse:
@@ -570,7 +572,9 @@ class Tree:
         if isinstance(node, File):
             node.is_regular = stat.S_ISREG(st.st_mode)
             if node.in_upper:
-                return self._upper_attributes(node, st, st.st_nlink)
+                shown = self._upper_attributes(node, st, st.st_nlink)
+                shown.fleeting = node.fleeting
+                return shown
             nlink = st.st_nlink
             if node.parent is None:
                 nlink = 0

@@ -35,6 +35,7 @@ from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.names import Names
 from layerfs.vfs.namespace import Namespace, New
 from layerfs.vfs.node import Directory, File, Node
+from layerfs.vfs.passthrough import Passthrough
 from layerfs.vfs.rename import Rename
 from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import PATH_MAX, Attributes, Tree, fail
@@ -93,9 +94,10 @@ class Vfs:
         owners: Owners | None = None,
         xattrs: bool = True,
         gate: Gate | None = None,
+        passthrough: bool = False,
     ) -> None:
         """`nursery` runs copy-ups; it must outlive all requests. `upper` None: read-only. `xattrs` False:
-        users neither see nor set any.
+        users neither see nor set any. `passthrough`: `gate` has the kernel read and write files itself.
         """
         self.stack = stack
         self._xattrs = xattrs
@@ -116,7 +118,8 @@ class Vfs:
                 Rename(names, redirect_dir=redirect_dir),
                 AttributeChanges(self.tree, upper, copyup),
             )
-        self.files = Files(self.tree, upper, copyup, self.tally)
+        past = Passthrough(self.tree, upper) if passthrough else None
+        self.files = Files(self.tree, upper, copyup, self.tally, past)
         self.hold = Hold(copyup.quiet if copyup is not None else _nothing, gate)
 
     def _write(self) -> _Writing:

@@ -14,7 +14,7 @@ from tests.gate import frames as f
 from tests.gate.twin import Answer, Home, Plain, Verdict
 
 SOURCES = Path(__file__).parents[2] / "layerfs" / "gate"
-CORE = ("map.c", "facts.c", "files.c", "answer.c")
+CORE = ("map.c", "facts.c", "files.c", "answer.c", "backing.c")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
 
