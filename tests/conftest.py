@@ -44,12 +44,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["on", "off"],
         help="mount layerfs with or without its native gate; otherwise as it likes",
     )
+    parser.addoption(
+        "--data",
+        choices=["cached", "passthrough"],
+        help="have layerfs mounts move the bytes of files so; otherwise as they like",
+    )
     parser.addoption("--keep-stacks", action="store_true", help="do not delete the directories of the tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     global _namespace
     mounts.gate = config.getoption("--gate")
+    mounts.data = config.getoption("--data")
     if hasattr(config, "workerinput") or config.option.collectonly:
         return
     os.environ[mounts.SESSION_MARK] = mounts.session_id

@@ -1,4 +1,6 @@
-"""Whether the kernel may read and write files itself: found by trying, on a file system that is mounted nowhere."""
+"""Whether the kernel may read and write files itself: found by trying, on a file system that is mounted
+nowhere.
+"""
 
 from __future__ import annotations
 
@@ -62,6 +64,6 @@ def _try() -> str | None:
 
 
 def stack_depth(layers: Iterable[bytes]) -> int:
-    """`max_stack_depth` for files that lie in directories with these paths: 2 where one is on a file system that
-    lies on others itself; then no overlayfs can lie on the mount. Raises OSError."""
+    """`max_stack_depth` for files in the directories with these paths: 2 where one of them is on a file system
+    that lies on others itself; then no overlayfs can lie on the mount. Raises OSError."""
     return 2 if any(fs_magic(path) in _STACKED for path in layers) else 1

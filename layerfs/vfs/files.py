@@ -51,8 +51,8 @@ class Handle:
         self.keeps_pages = True
 
     def lend(self, gate: Gate, *, writes: bool) -> None:
-        """Lets the gate read the file, and write it or no longer. Costs nothing when that is so already, or the
-        kernel asks nobody."""
+        """Lets the gate read the file, and write it or no longer. Costs nothing when that is so already, or
+        the kernel asks nobody."""
         if self.backing:
             return
         if self._lent is None or self._lent[0] is not self.fd or self._lent[1] is not writes:

@@ -1,5 +1,4 @@
-"""Which open files the kernel reads and writes itself (FUSE passthrough), and what else changes for them: nothing of
-what is read or written is seen here any more."""
+"""Which open files the kernel reads and writes itself (FUSE passthrough). Nothing of that is seen here."""
 
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ class Passthrough:
         handle.keeps_pages = not handle.backing and not node.bypassed
         node.bypassed = bool(handle.backing)
         if handle.backing and flags & os.O_ACCMODE == os.O_RDWR and not node.fleeting:
-            # A store through a mapping moves mtime and tells nobody; others tell the kernel (fs/fuse/passthrough.c
-            # fuse_passthrough_end_write). The mapping may outlive the handle.
+            # A store through a mapping moves mtime and tells nobody; what else does tells the kernel
+            # (fs/fuse/passthrough.c fuse_passthrough_end_write). The mapping may outlive the handle.
             node.fleeting = True
             if node.lookups:
                 tree.attributes_moved(node.id)
