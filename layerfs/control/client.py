@@ -122,6 +122,9 @@ class Connection(Channel):
     def writing(self, inode: int) -> bool:
         return inode in self.ask("writing")["inodes"]
 
+    def undivided(self, inode: int) -> bool:
+        return inode in self.ask("writing").get("passed", ())
+
     @contextlib.contextmanager
     def held(self, inode: int, path: bytes) -> Iterator[bool]:
         try:

@@ -3,12 +3,17 @@ questions, `layerfs.vfs.hold` for what holding means. No sockets here."""
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
 from layerfs.fuse.statistics import Reporter
 from layerfs.vfs.node import Node
 from layerfs.vfs.vfs import Vfs
+
+_PAST_US = (
+    "files are open for writing by data=passthrough, where nobody can be kept from writing; try again later"
+)
 
 
 class Controls:
@@ -27,11 +32,17 @@ class Controls:
         if op == "ping":
             return {}
         if op == "writing":
-            return {"inodes": sorted(node.real for node in self._vfs.files.open_for_writing())}
+            files = self._vfs.files
+            return {
+                "inodes": sorted(node.real for node in files.open_for_writing()),
+                "passed": sorted(node.real for node in files.written_past_us()),
+            }
         if op == "hold":
             return {"found": self._expect(int(request["node"]), int(request["inode"]))}
         if op == "held":
-            return {"held": await self._session.wait_closed(int(request["node"]))}
+            held = await self._session.wait_closed(int(request["node"]))
+            self._check_seen(int(request["node"]))
+            return {"held": held}
         if op == "release":
             self._session.open(int(request["node"]))
             return {}
@@ -39,6 +50,7 @@ class Controls:
             return await self._pause()
         if op == "paused":
             await self._session.hold_all()
+            self._check_seen()
             return {}
         if op == "stat":
             return dict(self._reporter.report())
@@ -48,11 +60,19 @@ class Controls:
         node = self._vfs.tree.nodes.get(id)  # type: ignore[call-overload]  # any number may be asked for
         if node is None or not node.in_upper or node.real != inode:
             return False
+        self._check_seen(id)
         self._session.expect(id)
         return True
 
+    def _check_seen(self, id: int | None = None) -> None:
+        """Nobody can be kept from writing what the kernel writes itself. Raises OSError when it does: to the
+        file `id`, to any."""
+        if any(id in (None, node.id) for node in self._vfs.files.written_past_us()):
+            raise OSError(errno.EBUSY, _PAST_US)
+
     async def _pause(self) -> dict[str, Any]:
         await self._session.hold_opens()
+        self._check_seen()
         found = [
             node
             for node in self._vfs.files.open_for_writing()

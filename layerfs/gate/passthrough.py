@@ -64,6 +64,6 @@ def _try() -> str | None:
 
 
 def stack_depth(layers: Iterable[bytes]) -> int:
-    """`max_stack_depth` for files in the directories with these paths: 2 where one of them is on a file system
-    that lies on others itself; then no overlayfs can lie on the mount. Raises OSError."""
+    """`max_stack_depth` for files in the directories with these paths: 2 where one is on a file system that
+    lies on others itself; then no overlayfs can lie on the mount. Raises OSError."""
     return 2 if any(fs_magic(path) in _STACKED for path in layers) else 1

@@ -61,8 +61,9 @@ class Program(RuleBasedStateMachine):
         xattrs=st.booleans(),
         carries=st.booleans(),
         statfs=st.booleans(),
+        passes=st.sampled_from([None, "upper", "lowers"]),
     )
-    def begin(self, descriptors: int, xattrs: bool, carries: bool, statfs: bool) -> None:
+    def begin(self, descriptors: int, xattrs: bool, carries: bool, statfs: bool, passes: str | None) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="layerfs-twin-"))
         self.pair = Pair(
             self.core,
@@ -77,6 +78,9 @@ class Program(RuleBasedStateMachine):
         #: nodes of objects that nobody may have looked up
         self.unknown = [self.pair.node("file"), self.pair.node("a/link")]
         self.handles: list[int] = [NATIVE, NATIVE | 1, 9]
+        #: handles that are Python's, of these nodes
+        self.backed: dict[int, int] = {}
+        self.pair.pass_through(2 if passes else 0, passes == "lowers")
         for id in PLACES:
             self.publish(id, ())
 
@@ -168,6 +172,16 @@ class Program(RuleBasedStateMachine):
     @rule(handle=st.sampled_from([9, 10]))
     def take_back(self, handle: int) -> None:
         self.pair.take_back(handle)
+
+    @rule(handle=st.integers(1, 9), choose=st.integers(0, 99), allowed=st.booleans())
+    def open_or_close(self, handle: int, choose: int, allowed: bool) -> None:
+        if not self.pair.twin.stack_depth:
+            return
+        if handle in self.backed:
+            self.pair.close_backing(handle, self.backed.pop(handle))
+        elif node := self.nodes(choose):
+            self.pair.open_backing(handle, node, allowed)
+            self.backed[handle] = node
 
     @rule(held=st.booleans(), flags=st.sampled_from([0, f.HANDLE_KILLPRIV_V2]))
     def options(self, held: bool, flags: int) -> None:
@@ -285,7 +299,7 @@ class Program(RuleBasedStateMachine):
         self.feed(f.getxattr(self.nodes(choose), b"security.capability"))
 
     @rule(
-        opcode=st.sampled_from([f.INIT, f.OPENDIR, f.OPEN]),
+        opcode=st.sampled_from([f.INIT, f.OPENDIR, f.OPEN, f.CREATE]),
         payload=st.binary(max_size=90),
         handle=DIRECTORIES,
     )

@@ -93,6 +93,14 @@ class Opened:
 
 
 @dataclass
+class Way:
+    """How a node is open."""
+
+    backing: int
+    handles: int
+
+
+@dataclass
 class Answer:
     verdict: Verdict
     #: the frame as pyfuse3, or whoever takes carried ones, gets it
@@ -125,6 +133,12 @@ class Twin:
         self.writes_held = False
         #: INIT's flags: what the kernel offered, what is asked for beside libfuse's
         self.offered, self.wanted = 0, 0
+        #: passthrough: `max_stack_depth`, 0: none; whether lower files have it
+        self.stack_depth, self.passes_lowers = 0, False
+        self.ways: dict[int, Way] = {}
+        #: handle of Python's -> backing file
+        self.backed: dict[int, int] = {}
+        self._backings = 0
         #: whether replies arrive
         self.plugged = True
 
@@ -210,6 +224,29 @@ class Twin:
     def take_back(self, handle: int) -> None:
         if handle in self.lent:
             os.close(self.lent.pop(handle)[0])
+
+    def open_backing(self, handle: int, node: int, allowed: bool) -> int:
+        backing = self._open_way(node, allowed)
+        if backing:
+            self.backed[handle] = backing
+        return backing
+
+    def close_backing(self, handle: int, node: int) -> None:
+        self.backed.pop(handle, None)
+        self._close_way(node)
+
+    def _open_way(self, node: int, allowed: bool) -> int:
+        """The first handle decides."""
+        if node not in self.ways:
+            self._backings += allowed
+            self.ways[node] = Way(self._backings if allowed else 0, 0)
+        self.ways[node].handles += 1
+        return self.ways[node].backing
+
+    def _close_way(self, node: int) -> None:
+        self.ways[node].handles -= 1
+        if not self.ways[node].handles:
+            del self.ways[node]
 
     def switch(self, node: int, path: str) -> int:
         switched = [opened for opened in self.open.values() if opened.node == node]
@@ -320,11 +357,19 @@ class Twin:
             if flags >> 32:
                 fields[3] |= f.INIT_EXT
                 fields[10] |= flags >> 32
+            if flags & f.PASSTHROUGH:
+                fields[11] = self.stack_depth
             payload = f.INIT_OUT.pack(*fields) + payload[f.INIT_OUT.size :]
         elif opcode == f.OPENDIR and len(payload) == f.OPEN_OUT.size:
             handle, flags, backing = f.OPEN_OUT.unpack(payload)
             if handle in self.listings:
                 payload = f.OPEN_OUT.pack(handle, flags | f.FOPEN_CACHE_DIR | f.FOPEN_KEEP_CACHE, backing)
+        elif opcode in (f.OPEN, f.CREATE) and len(payload) >= f.OPEN_OUT.size:
+            before, opened = payload[: -f.OPEN_OUT.size], payload[-f.OPEN_OUT.size :]
+            handle, flags, backing = f.OPEN_OUT.unpack(opened)
+            if handle in self.backed:
+                flags, backing = f.FOPEN_PASSTHROUGH, self.backed[handle]
+            payload = before + f.OPEN_OUT.pack(handle, flags, backing)
         return f.reply(unique, 0, payload)
 
     def _reply(self, answer: Answer, reply: bytes) -> None:
@@ -520,12 +565,21 @@ class Twin:
         except OSError:
             raise _Ask from None
         number = self._vacant.pop() if self._vacant else len(self.open)
-        if self.plugged:
-            self.open[number] = Opened(node, fd)
-        else:
-            os.close(fd)
+        flags, backing = f.FOPEN_KEEP_CACHE, 0
+        if self.stack_depth and (backing := self._open_way(node, self.passes_lowers)):
+            flags = f.FOPEN_PASSTHROUGH
+        self.open[number] = Opened(node, fd)
+        if not self.plugged:
+            self._close(number)
+        return f.OPEN_OUT.pack(NATIVE | number, flags, backing)
+
+    def _close(self, number: int) -> None:
+        opened = self.open.pop(number, None)
+        if opened is not None:
+            if self.stack_depth:
+                self._close_way(opened.node)
+            os.close(opened.fd)
             self._vacant.append(number)
-        return f.OPEN_OUT.pack(NATIVE | number, f.FOPEN_KEEP_CACHE, 0)
 
     def _opened(self, handle: int) -> Opened:
         """Raises _Ask for a handle of Python's, OSError for one that is closed."""
@@ -568,10 +622,7 @@ class Twin:
         handle, *_ = f.RELEASE_IN.unpack_from(body)
         if not handle & NATIVE:
             raise _Ask
-        opened = self.open.pop(handle & ~NATIVE, None)
-        if opened is not None:
-            os.close(opened.fd)
-            self._vacant.append(handle & ~NATIVE)
+        self._close(handle & ~NATIVE)
         return b""
 
     def _flush(self, node: int, body: bytes, answer: Answer) -> bytes:

@@ -528,8 +528,9 @@ class Layerfs(_Daemon):
         if any(option.startswith(("gate=", "data=")) for option in self.options):
             return []
         asked = [f"gate={gate}"] if gate is not None else []
-        # Others may not have it.
-        if data is not None and (data != "passthrough" or self.as_user is None):
+        # Others may not have it, and modes in xattrs do not go with it.
+        kept_apart = self.as_user or any(option.startswith("xattr_permissions=") for option in self.options)
+        if data is not None and not (data == "passthrough" and kept_apart):
             asked.append(f"data={data}")
         return asked
 
