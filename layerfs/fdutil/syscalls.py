@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import signal
 import struct
 from collections.abc import Mapping
 
@@ -211,6 +212,19 @@ def birth_time(dirfd: int, name: bytes) -> int | None:
         return None
     seconds, nanoseconds = _BTIME.unpack_from(buffer, 80)
     return int(seconds) * 1_000_000_000 + int(nanoseconds)
+
+
+def is_open_for_writing(fd: int) -> bool:
+    """Whether anybody has the file open for writing, mappings included; `fd` is open for reading. A lease for
+    reading is had where nobody has (fcntl(2)). True where the file system knows no leases."""
+    try:
+        # Whoever opened it for writing while we have the lease would send SIGIO, which ends a process.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:
+        return True
+    return False
 
 
 def fs_uuid(fd: int) -> bytes | None:

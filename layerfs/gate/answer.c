@@ -528,6 +528,9 @@ static enum verdict open_file(struct gate *gate, const struct fuse_in_header *in
 	memcpy(&arg, body, sizeof(arg));
 	if ((arg.flags & O_ACCMODE) != O_RDONLY || arg.flags & O_TRUNC)
 		return PASSED;
+	/* The kernel opens the lower file so, and it may not know it. */
+	if (gate->passes_lowers && arg.flags & O_DIRECT)
+		return PASSED;
 	if (!facts_stat(&gate->facts, known->directory, known->name, &st) || !S_ISREG(st.st_mode))
 		return PASSED;
 	if (gate->lent.used + gate->files.open >= gate->files.limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from layerfs.fdutil import OwnedFd, fd_path
 from layerfs.upper.upper import Upper
 from layerfs.vfs import setid
 from layerfs.vfs.tree import Tree
@@ -41,6 +42,8 @@ class Passthrough:
 
     def _allowed(self, handle: Handle, flags: int) -> bool:
         node, upper = handle.node, self._upper
+        if flags & os.O_DIRECT and not _takes_direct(handle.fd):
+            return False
         if upper is None:
             return True
         if not node.in_upper or self._tree.is_metacopy(node):
@@ -49,3 +52,12 @@ class Passthrough:
             return False  # the upper's file system would sync
         # The bits go when it is written to; by a writer who may keep them they do not (`setid`).
         return not upper.stat(handle.fd).st_mode & setid.SETID
+
+
+def _takes_direct(fd: OwnedFd) -> bool:
+    """Whether the file system knows O_DIRECT. The kernel opens the file so."""
+    try:
+        os.close(os.open(fd_path(fd.fd), os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True

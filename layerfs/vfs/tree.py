@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import trio
 
-from layerfs.fdutil import OwnedFd, at_path, birth_time, fd_path
+from layerfs.fdutil import OwnedFd, at_path, birth_time, fd_path, is_open_for_writing
 from layerfs.gate import Gate, NoGate, Plain
 from layerfs.ids import ROOT, Ino, NodeId, RealIno
 from layerfs.inodes import numbers
@@ -568,6 +568,8 @@ class Tree:
 
     async def attributes(self, node: Node) -> Attributes:
         """Raises OSError."""
+        if isinstance(node, File) and node.fleeting:
+            node.fleeting = self._is_written(node)
         st = self.stat_real(node)
         if isinstance(node, File):
             node.is_regular = stat.S_ISREG(st.st_mode)
@@ -585,6 +587,14 @@ class Tree:
             return self._attributes(st, node.id, nlink, st.st_ctime_ns, st.st_blocks)
         assert isinstance(node, Directory)
         return self._directory_attributes(node, st)
+
+    def _is_written(self, node: File) -> bool:
+        if node.handles:
+            return True
+        fd = self.open_real(*self.where(node), os.O_RDONLY | os.O_NOATIME)
+        written = is_open_for_writing(fd.fd)
+        del fd
+        return written
 
     def _directory_attributes(self, node: Directory, st: os.stat_result | None = None) -> Attributes:
         if st is None:

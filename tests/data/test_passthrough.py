@@ -382,6 +382,29 @@ def test_a_store_shows_in_mtime(mounted: Layerfs) -> None:
     mapping.close()
 
 
+def test_attributes_are_kept_when_nobody_can_store(mounted: Layerfs) -> None:
+    path = mounted.mnt / "f"
+    with open(path, "r+b"):
+        assert _asks(mounted, path)
+    _settle(mounted)
+    path.stat()
+    assert not _asks(mounted, path)
+    with open(path, "r+b") as file:
+        mapping = mmap.mmap(file.fileno(), 0)
+    _settle(mounted)
+    assert _asks(mounted, path), "the mapping is still there"
+    mapping.close()
+    path.stat()
+    assert not _asks(mounted, path)
+
+
+def _asks(mount: Layerfs, path: Path) -> bool:
+    """Whether stat is a request."""
+    before = asked(mount)["requests"]["getattr"]
+    path.stat()
+    return asked(mount)["requests"]["getattr"] != before
+
+
 def test_times_and_size_after_a_write(mounted: Layerfs) -> None:
     path = mounted.mnt / "f"
     os.utime(path, ns=(10**18, 10**18))

@@ -257,7 +257,10 @@ class Program(RuleBasedStateMachine):
     def releasedir(self, handle: int) -> None:
         self.feed(f.release(ROOT, handle, f.RELEASEDIR))
 
-    @rule(choose=st.integers(0, 99), flags=st.sampled_from([0, 0, 0, os.O_RDWR, os.O_TRUNC, os.O_NONBLOCK]))
+    @rule(
+        choose=st.integers(0, 99),
+        flags=st.sampled_from([0, 0, 0, os.O_RDWR, os.O_TRUNC, os.O_DIRECT, os.O_NONBLOCK]),
+    )
     def open(self, choose: int, flags: int) -> None:
         self.feed(f.open(self.nodes(choose), flags))
 

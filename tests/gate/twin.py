@@ -554,6 +554,8 @@ class Twin:
         known = self._of(node)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise _Ask
+        if self.passes_lowers and flags & os.O_DIRECT:
+            raise _Ask
         st = self._stat(known.directory, known.name)
         if not stat.S_ISREG(st.st_mode) or len(self.open) + len(self.lent) >= self.descriptors:
             raise _Ask
