@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from layerfs.gate import passthrough
 from tests.support import mounts
 from tests.support.stack import Stack, scratch_root, set_scratch_root
 
@@ -58,6 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
     mounts.data = config.getoption("--data")
     if hasattr(config, "workerinput") or config.option.collectonly:
         return
+    if mounts.data == "passthrough" and (reason := passthrough.obstacle()):
+        pytest.exit(f"skipped: no passthrough here: {reason}", returncode=0)
     os.environ[mounts.SESSION_MARK] = mounts.session_id
     scratch_root()
     _namespace = (

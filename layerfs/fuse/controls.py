@@ -67,7 +67,11 @@ class Controls:
     def _check_seen(self, id: int | None = None) -> None:
         """Nobody can be kept from writing what the kernel writes itself. Raises OSError when it does: to the
         file `id`, to any."""
-        if any(id in (None, node.id) for node in self._vfs.files.written_past_us()):
+        files = self._vfs.files
+        written = files.written_past_us()
+        if id is None and files.passthrough is not None:
+            written |= files.passthrough.mapped()
+        if any(id in (None, node.id) for node in written):
             raise OSError(errno.EBUSY, _PAST_US)
 
     async def _pause(self) -> dict[str, Any]:

@@ -641,7 +641,12 @@ def test_nobody_can_be_held(mounted: Layerfs) -> None:
             with pytest.raises(MountError, match="passthrough"):
                 connection.pause()
         file.write(b"goes on")
+        mapping = mmap.mmap(file.fileno(), 0)
     _settle(mounted)
+    with closing(Connection(str(mounted.mnt), str(work))) as connection:
+        with pytest.raises(MountError, match="passthrough"):
+            connection.pause()
+    mapping.close()
     with closing(Connection(str(mounted.mnt), str(work))) as connection:
         connection.pause()
 
