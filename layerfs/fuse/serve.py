@@ -217,7 +217,8 @@ def _pass_through(native: Any, stack: Stack, upper: Upper | None) -> None:
         obstacle = passthrough.obstacle()
     if obstacle is not None:
         raise MountError(f"data=passthrough: {obstacle}")
-    native.pass_through(passthrough.stack_depth(fd_path(layer.fd.fd) for layer in stack.layers))
+    passed = [layer for layer in stack.layers if upper is None or layer is stack.upper]
+    native.pass_through(passthrough.stack_depth(fd_path(layer.fd.fd) for layer in passed))
 
 
 def _choice(config: StackConfig, native: Any) -> Choice:
