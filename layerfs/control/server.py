@@ -125,7 +125,7 @@ async def _answer(session: Session, line: bytes) -> dict[str, Any]:
         request = wire.decode(line)
         return await session.answer(str(request.get("op")), request)
     except OSError as error:
-        return {"error": error.strerror or os.strerror(error.errno or errno.EIO)}
+        return {"error": os.strerror(error.errno or errno.EIO)}
     except (KeyError, ValueError, TypeError) as error:
         return {"error": f"a request that makes no sense: {error!r}"}
     except LookupError as error:

@@ -3,17 +3,12 @@ questions, `layerfs.vfs.hold` for what holding means. No sockets here."""
 
 from __future__ import annotations
 
-import errno
 import os
 from typing import Any
 
 from layerfs.fuse.statistics import Reporter
 from layerfs.vfs.node import Node
 from layerfs.vfs.vfs import Vfs
-
-_PAST_US = (
-    "files are open for writing by data=passthrough, where nobody can be kept from writing; try again later"
-)
 
 
 class Controls:
@@ -40,9 +35,7 @@ class Controls:
         if op == "hold":
             return {"found": self._expect(int(request["node"]), int(request["inode"]))}
         if op == "held":
-            held = await self._session.wait_closed(int(request["node"]))
-            self._check_seen(int(request["node"]))
-            return {"held": held}
+            return {"held": await self._session.wait_closed(int(request["node"]))}
         if op == "release":
             self._session.open(int(request["node"]))
             return {}
@@ -50,7 +43,6 @@ class Controls:
             return await self._pause()
         if op == "paused":
             await self._session.hold_all()
-            self._check_seen()
             return {}
         if op == "stat":
             return dict(self._reporter.report())
@@ -60,23 +52,11 @@ class Controls:
         node = self._vfs.tree.nodes.get(id)  # type: ignore[call-overload]  # any number may be asked for
         if node is None or not node.in_upper or node.real != inode:
             return False
-        self._check_seen(id)
         self._session.expect(id)
         return True
 
-    def _check_seen(self, id: int | None = None) -> None:
-        """Nobody can be kept from writing what the kernel writes itself. Raises OSError when it does: to the
-        file `id`, to any."""
-        files = self._vfs.files
-        written = files.written_past_us()
-        if id is None and files.passthrough is not None:
-            written |= files.passthrough.mapped()
-        if any(id in (None, node.id) for node in written):
-            raise OSError(errno.EBUSY, _PAST_US)
-
     async def _pause(self) -> dict[str, Any]:
         await self._session.hold_opens()
-        self._check_seen()
         found = [
             node
             for node in self._vfs.files.open_for_writing()
@@ -84,7 +64,8 @@ class Controls:
         ]
         for node in found:
             self._session.expect(node.id)
-        return {"open": [os.fsdecode(self._path(node)) for node in found]}
+        paths = [os.fsdecode(self._path(node)) for node in found]
+        return {"open": paths, "nodes": [node.id for node in found]}
 
     def _path(self, node: Node) -> bytes:
         assert node.parent is not None

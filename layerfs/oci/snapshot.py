@@ -20,8 +20,7 @@ The facts that this stands on:
    descriptor: a file that nobody has open for writing has no write(2) under way. The daemon knows
    (`Writers.writing`). And fsync(2) takes the lock under which the kernel sends those requests (fuse_fsync()
    in fs/fuse/file.c): a daemon at work on an fsync knows that there is none half done (`Writers.held`).
-5. With data=passthrough a write(2) comes as one (`Writers.undivided`), so 1 and 2 do for it. They must:
-   nobody can be held. A file that is written to all the time cannot be had then.
+5. With data=passthrough a write(2) comes as one (`Writers.undivided`), so 1 and 2 do for it.
 
 Held to it by tests/oci/test_moment.py, on ext4, xfs, btrfs and tmpfs.
 """

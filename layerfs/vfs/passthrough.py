@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from layerfs.fdutil import OwnedFd, fd_path
 from layerfs.upper.upper import Upper
 from layerfs.vfs import setid
-from layerfs.vfs.node import File
 from layerfs.vfs.tree import Tree
 
 if TYPE_CHECKING:
@@ -40,12 +39,6 @@ class Passthrough:
     def close(self, handle: Handle) -> None:
         """After its RELEASE."""
         self._tree.gate.close_backing(handle.id, handle.node.id)
-
-    def mapped(self) -> set[File]:
-        """Files that somebody may store to by a mapping, also when he has closed them. Looks at all nodes."""
-        tree = self._tree
-        files = (node for node in tree.nodes.values() if isinstance(node, File) and node.fleeting)
-        return {node for node in files if tree.is_written(node)}
 
     def _allowed(self, handle: Handle, flags: int) -> bool:
         node, upper = handle.node, self._upper

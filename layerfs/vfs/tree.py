@@ -569,7 +569,7 @@ class Tree:
     async def attributes(self, node: Node) -> Attributes:
         """Raises OSError."""
         if isinstance(node, File) and node.fleeting:
-            node.fleeting = self.is_written(node)
+            node.fleeting = self._is_written(node)
         st = self.stat_real(node)
         if isinstance(node, File):
             node.is_regular = stat.S_ISREG(st.st_mode)
@@ -588,7 +588,7 @@ class Tree:
         assert isinstance(node, Directory)
         return self._directory_attributes(node, st)
 
-    def is_written(self, node: File) -> bool:
+    def _is_written(self, node: File) -> bool:
         """Whether somebody has a file of the upper open, or mapped to be written. Raises OSError."""
         if node.handles:
             return True

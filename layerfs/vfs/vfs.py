@@ -391,8 +391,11 @@ class Vfs:
         return self.files.seek(handle, offset, whence)
 
     async def fsync(self, handle: int, data_only: bool) -> None:
-        self.hold.reached(self.files.handle(handle).node.id)
+        node = self.files.handle(handle).node
+        self.hold.reached(node.id)
         await self.files.fsync(handle, data_only)
+        if any(each.writable and each.backing for each in node.handles or ()):
+            await self.hold.until_free(node.id)
 
 
 def _is_empty(stack: Stack) -> bool:

@@ -24,7 +24,6 @@ import pytest
 from layerfs.control.asking import Reader
 from layerfs.control.client import Connection
 from layerfs.control.statistics import Statistics
-from layerfs.errors import MountError
 from layerfs.gate import passthrough
 from tests.posix.calls import AT_FDCWD, AT_SYMLINK_FOLLOW, linkat
 from tests.support import mounts
@@ -627,28 +626,49 @@ def test_many_opens_of_few_files(mounted: Layerfs) -> None:
 # -- what commit asks for ------------------------------------------------------------------------------
 
 
-def test_nobody_can_be_held(mounted: Layerfs) -> None:
+def test_writers_are_held(mounted: Layerfs) -> None:
     work = mounted.stack.work
     assert work is not None
     path = mounted.mnt / "f"
-    with open(path, "r+b") as file:
-        inode = (mounted.stack.dir / "upper" / "f").stat().st_ino
+    inode = (mounted.stack.dir / "upper" / "f").stat().st_ino
+    with open(path, "r+b", buffering=0) as file:
         with closing(Connection(str(mounted.mnt), str(work))) as connection:
             assert connection.writing(inode) and connection.undivided(inode)
-            with pytest.raises(MountError, match="passthrough"), connection.held(inode, b"f"):
-                pass
+            for _ in range(2):
+                with connection.held(inode, b"f") as found:
+                    assert found
+                    writer = _writes(file.fileno())
+                    assert file.read(4) == BIG[:4], "reading goes on"
+                    file.seek(0)
+                assert _ended(writer)
+                os.pwrite(file.fileno(), BIG[:4], 0)
+        assert os.fstat(file.fileno()).st_size == len(BIG)
+
+
+def test_a_pause_holds_writers(mounted: Layerfs) -> None:
+    work = mounted.stack.work
+    assert work is not None
+    with open(mounted.mnt / "f", "r+b", buffering=0) as one, open(mounted.mnt / "new", "w+b") as two:
         with closing(Connection(str(mounted.mnt), str(work))) as connection:
-            with pytest.raises(MountError, match="passthrough"):
-                connection.pause()
-        file.write(b"goes on")
-        mapping = mmap.mmap(file.fileno(), 0)
-    _settle(mounted)
-    with closing(Connection(str(mounted.mnt), str(work))) as connection:
-        with pytest.raises(MountError, match="passthrough"):
             connection.pause()
-    mapping.close()
-    with closing(Connection(str(mounted.mnt), str(work))) as connection:
-        connection.pause()
+            writers = [_writes(each.fileno()) for each in (one, two)]
+            assert (mounted.mnt / "f").stat().st_size == len(BIG)
+        assert all(_ended(writer) for writer in writers)
+        assert one.read(4) == b"held"
+
+
+def _writes(fd: int) -> threading.Thread:
+    """A thread that writes, and is seen to wait."""
+    thread = threading.Thread(target=os.pwrite, args=(fd, b"held", 0))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    return thread
+
+
+def _ended(thread: threading.Thread) -> bool:
+    thread.join(mounts.PATIENCE)
+    return not thread.is_alive()
 
 
 def test_commit_of_a_file_that_is_open(mounted: Layerfs, tmp_path: Path) -> None:
