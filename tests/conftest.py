@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from layerfs.gate import passthrough
 from tests.support import mounts
 from tests.support.stack import Stack, scratch_root, set_scratch_root
 
@@ -44,14 +45,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["on", "off"],
         help="mount layerfs with or without its native gate; otherwise as it likes",
     )
+    parser.addoption(
+        "--data",
+        choices=["cached", "passthrough"],
+        help="have layerfs mounts move the bytes of files so; otherwise as they like",
+    )
     parser.addoption("--keep-stacks", action="store_true", help="do not delete the directories of the tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     global _namespace
     mounts.gate = config.getoption("--gate")
+    mounts.data = config.getoption("--data")
     if hasattr(config, "workerinput") or config.option.collectonly:
         return
+    if mounts.data == "passthrough" and (reason := passthrough.obstacle()):
+        pytest.exit(f"skipped: no passthrough here: {reason}", returncode=0)
     os.environ[mounts.SESSION_MARK] = mounts.session_id
     scratch_root()
     _namespace = (

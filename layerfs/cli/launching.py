@@ -115,6 +115,8 @@ def mount(
         raise UsageError("--ephemeral makes its own upper and work directory: leave out --upper and --work")
     if options.work and not options.upper:
         raise UsageError("a work directory needs an upper directory")
+    if options.passthrough and options.gate is False:
+        raise UsageError("data=passthrough: it takes the native gate, which is switched off")
     lowers = [absolute(lower) for lower in options.lowers]
     if options.owners:
         from layerfs.runtime.idmapped import without_idmaps
@@ -134,6 +136,7 @@ def mount(
         xattrs=options.xattrs,
         acl=options.acl,
         gate=options.gate,
+        passthrough=options.passthrough,
     )
     fuse_options, notes = kernel_mount_options(
         options,

@@ -54,7 +54,8 @@ def command(
       volatile                              never wait for the disk; a crash spoils the upper
       redirect_dir=on|off                   rename directories by a mark [on] or by copying
       metacopy=on|off                       copy attributes up without data [on]
-      data=cached|python                    who moves the bytes of files: the gate, or Python (gate=off)
+      data=cached|passthrough|python        who moves the bytes of files: the gate [where it was built], the
+                                            kernel itself (root, Linux 6.9), or Python (gate=off)
       gate=on|off                           answer from native code what is known [on where it was built]
       userxattr                             keep marks in user.* attributes even as root
       ro nosuid nodev noexec noatime ...    as for any mount

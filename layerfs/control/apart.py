@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import socket
 import struct
 
 from layerfs.fdutil import RESOLVE_INSIDE_MOUNT, openat2
 
-#: errno, or 0.
-_ANSWER = struct.Struct("=i")
+#: Number of the question, and errno or 0.
+_ANSWER = struct.Struct("=Ii")
+_NUMBER = struct.Struct("=I")
 _LONGEST = 1 << 16
 
 
@@ -26,10 +28,11 @@ class Syncer:
     """A process that starts one more for each file. To be made before there are threads; ends with whoever
     made it."""
 
-    def __init__(self, root: int, patience: float) -> None:
-        """`root`: a descriptor of the mount's root. `patience`: seconds for one file. Raises OSError."""
+    def __init__(self, root: int) -> None:
+        """`root`: a descriptor of the mount's root. Raises OSError."""
+        self._started = 0
+        self._answers: dict[int, int] = {}
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(patience)
         self._pid = os.fork()
         if self._pid == 0:
             try:
@@ -39,18 +42,26 @@ class Syncer:
                 os._exit(0)
         theirs.close()
 
-    def fsync(self, path: bytes) -> None:
-        """fsync of the file `path` of the mount. Raises OSError, TimeoutError when the patience is at its
-        end: then there must be no other call."""
+    def start(self, path: bytes) -> int:
+        """Begins an fsync of the file `path` of the mount: its number. Raises OSError."""
         if len(path) > _LONGEST:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        self._socket.send(path)
-        answer = self._socket.recv(_ANSWER.size)
-        if len(answer) != _ANSWER.size:
-            raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-        (number,) = _ANSWER.unpack(answer)
-        if number:
-            raise OSError(number, os.strerror(number))
+        self._started += 1
+        self._socket.send(_NUMBER.pack(self._started) + path)
+        return self._started
+
+    def ended(self, number: int, timeout: float) -> bool:
+        """Whether that fsync has ended, within so many seconds. Raises OSError: also what it failed with."""
+        while number not in self._answers and select.select([self._socket], [], [], timeout)[0]:
+            answer = self._socket.recv(_ANSWER.size)
+            if len(answer) != _ANSWER.size:
+                raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+            which, error = _ANSWER.unpack(answer)
+            self._answers[which] = error
+        error = self._answers.pop(number, None)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return error is not None
 
     def close(self) -> None:
         """May be called again."""
@@ -69,10 +80,11 @@ def _serve(sock: socket.socket, root: int) -> None:
     os.closerange(high + 1, os.sysconf("SC_OPEN_MAX"))
     for _ in range(3):
         os.open(os.devnull, os.O_RDWR)  # the standard streams, unless they are in use here
-    while path := sock.recv(_LONGEST):
+    while question := sock.recv(_NUMBER.size + _LONGEST):
         if os.fork() == 0:
             try:
-                sock.send(_ANSWER.pack(_sync(root, path)))
+                (number,) = _NUMBER.unpack_from(question)
+                sock.send(_ANSWER.pack(number, _sync(root, question[_NUMBER.size :])))
             finally:
                 os._exit(0)  # which may wait until the file is given free
 

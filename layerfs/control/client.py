@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -20,6 +21,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _ROUNDS = 100
 #: Seconds for one fsync, which may have much to write.
 _PATIENCE = 60.0
+#: Seconds to wait for its end before the daemon is asked whether it has arrived.
+_LOOK = 0.01
 #: What opening a name says that is not there any more, or has become something else.
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV)
 
@@ -105,7 +108,7 @@ class Connection(Channel):
         self._mountpoint = mountpoint
         try:
             self._root = OwnedFd(os.open(mountpoint, _DIRECTORY))
-            self._syncer = Syncer(self._root.fd, _PATIENCE)
+            self._syncer = Syncer(self._root.fd)
         except OSError as error:
             raise self._lost(error) from None
         super().__init__(mountpoint, work)
@@ -122,6 +125,9 @@ class Connection(Channel):
     def writing(self, inode: int) -> bool:
         return inode in self.ask("writing")["inodes"]
 
+    def undivided(self, inode: int) -> bool:
+        return inode in self.ask("writing").get("passed", ())
+
     @contextlib.contextmanager
     def held(self, inode: int, path: bytes) -> Iterator[bool]:
         try:
@@ -137,29 +143,33 @@ class Connection(Channel):
             yield False
             return
         try:
-            self._fsync(path)
-            yield bool(self.ask("held", node=node)["held"])
+            yield self._fsync(path, node)
         finally:
             if not self._closed:
                 self.ask("release", node=node)
 
-    def _fsync(self, path: bytes) -> None:
-        """What is gone meanwhile is left; whoever asks next will learn that nothing was closed. Raises
-        MountError: then all is given free."""
+    def _fsync(self, path: bytes, node: int) -> bool:
+        """Whether the fsync of a file closed it; with data=passthrough it lasts as long as that. What is gone
+        meanwhile is left. Raises MountError: then all is given free."""
         name = os.fsdecode(path)
+        patience = time.monotonic() + _PATIENCE
         try:
-            self._syncer.fsync(path)
-        except TimeoutError:
-            # It may wait for the lock of a directory that a held change has, or for the mount's background
-            # requests, of which held ones may be too many.
-            self.close()
-            raise MountError(f"{self._mountpoint}: {name} is in use and cannot be held; try again") from None
+            number = self._syncer.start(path)
+            while not self._syncer.ended(number, _LOOK):
+                if self.ask("held", node=node)["held"]:
+                    return True
+                if time.monotonic() > patience:
+                    # It may wait for the lock of a directory that a held change has, or for the mount's
+                    # background requests, of which held ones may be too many.
+                    self.close()
+                    raise MountError(f"{self._mountpoint}: {name} is in use and cannot be held; try again")
         except OSError as error:
             if error.errno not in _GONE:
                 raise MountError(
                     f"{self._mountpoint}: {name} is written to, and cannot be held: {error.strerror}",
                     error.errno,
                 ) from None
+        return bool(self.ask("held", node=node)["held"])
 
     # -- everything ----------------------------------------------------------------------------------
 
@@ -170,6 +180,6 @@ class Connection(Channel):
             if not answer["open"]:
                 self.ask("paused")
                 return
-            for text in answer["open"]:
-                self._fsync(os.fsencode(text))
+            for text, node in zip(answer["open"], answer["nodes"], strict=True):
+                self._fsync(os.fsencode(text), node)
         raise MountError(f"{self._mountpoint}: files in it are renamed too fast for a pause; try again")

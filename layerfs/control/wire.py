@@ -11,14 +11,18 @@ when it ends, however it ends.
 
     greeting    {"layerfs": VERSION, "protocol": 1}
     ping        {}                              still there
-    writing     {"inodes": [N, ...]}            the upper's inode numbers of files that are open for writing
+    writing     {"inodes": [N, ...],            the upper's inode numbers of files that are open for writing;
+                 "passed": [N, ...]}            those that the kernel writes itself (data=passthrough)
     hold        {"found": BOOL}                 asks with "node" (st_ino as the mount shows it) and "inode"
-                                                (in the upper): if it is that file, its next fsync closes it
+                                                (in the upper): if it is that file, its next fsync closes it;
+                                                where the kernel writes it itself that fsync is answered when
+                                                the file is released
     held        {"held": BOOL}                  asks with "node": it is closed, and nothing is under way on it
     release     {}                              asks with "node"
-    pause       {"open": [PATH, ...]}           nothing is opened for writing any more; these are, and not
-                                                closed: make an fsync of each through the mount, and ask again
-                                                until there are none, then ask for
+    pause       {"open": [PATH, ...],           nothing is opened for writing any more; these are, and not
+                 "nodes": [N, ...]}             closed: make an fsync of each through the mount, until it has
+                                                ended or the node is `held`; ask again until there are none,
+                                                then ask for
     paused      {}                              nothing changes from now on
     stat        an object: `statistics.Statistics`
 

@@ -2,7 +2,7 @@
 
 Kernel caching: only layerfs changes the tree, and every change comes through the kernel that caches, which
 invalidates what it changed itself (fs/fuse/dir.c). So entries, attributes and absent names are good for ever;
-one thing only has to be told: see `attributes_moved`.
+one thing only has to be told: see `attributes_moved`. (In passthrough a file may change unseen: `fleeting`.)
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _entry(attributes: Attributes) -> EntryAttributes:
     entry = EntryAttributes()
     entry.st_ino = attributes.ino
     entry.entry_timeout = FOR_EVER
-    entry.attr_timeout = FOR_EVER
+    entry.attr_timeout = 0 if attributes.fleeting else FOR_EVER
     entry.st_mode = st.st_mode
     entry.st_nlink = attributes.nlink
     entry.st_uid = attributes.uid
@@ -318,7 +318,8 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return FileInfo(fh=(await self.vfs.open(inode, flags, self._caller(ctx))).id, keep_cache=True)
+        handle = await self.vfs.open(inode, flags, self._caller(ctx))
+        return FileInfo(fh=handle.id, keep_cache=handle.keeps_pages)
 
     @_errors
     async def create(
@@ -328,7 +329,7 @@ class Operations(pyfuse3.Operations):
         handle, attributes = await self.vfs.create(parent_inode, name, mode, flags, self._caller(ctx))
         # Where files are opened without asking, no other of its requests bears a handle either.
         fh = handle.id if self.vfs.unasked is None else 0
-        return FileInfo(fh=fh, keep_cache=True), _entry(attributes)
+        return FileInfo(fh=fh, keep_cache=handle.keeps_pages), _entry(attributes)
 
     @_errors
     async def read(self, fh: int, off: int, size: int) -> bytes:

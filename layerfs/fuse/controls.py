@@ -27,7 +27,11 @@ class Controls:
         if op == "ping":
             return {}
         if op == "writing":
-            return {"inodes": sorted(node.real for node in self._vfs.files.open_for_writing())}
+            files = self._vfs.files
+            return {
+                "inodes": sorted(node.real for node in files.open_for_writing()),
+                "passed": sorted(node.real for node in files.written_past_us()),
+            }
         if op == "hold":
             return {"found": self._expect(int(request["node"]), int(request["inode"]))}
         if op == "held":
@@ -60,7 +64,8 @@ class Controls:
         ]
         for node in found:
             self._session.expect(node.id)
-        return {"open": [os.fsdecode(self._path(node)) for node in found]}
+        paths = [os.fsdecode(self._path(node)) for node in found]
+        return {"open": paths, "nodes": [node.id for node in found]}
 
     def _path(self, node: Node) -> bytes:
         assert node.parent is not None

@@ -79,6 +79,7 @@ _NATIVE_HANDLE: Final = 1 << 63
 #: The largest answer that fuse_write_out has room for, in whole pages.
 _MOST_COPIED: Final = 0xFFFFF000
 _FOPEN_KEEP_CACHE: Final = 1 << 1
+_FOPEN_PASSTHROUGH: Final = 1 << 7
 _FSYNC_FDATASYNC: Final = 1 << 0
 _WRITE_CACHE: Final = 1 << 0
 _WRITE_KILL_SUIDGID: Final = 1 << 2
@@ -231,19 +232,25 @@ class Extra:
         mode = stat.S_IMODE(mode) | stat.S_IFREG
         handle, attributes = await self.vfs.tmpfile(node, mode, flags, caller)
         id = handle.id if self.vfs.unasked is None else 0
-        return _entry_out(attributes) + _OPEN_OUT.pack(id, _FOPEN_KEEP_CACHE, 0)
+        flags = _FOPEN_PASSTHROUGH if handle.backing else _FOPEN_KEEP_CACHE
+        return _entry_out(attributes) + _OPEN_OUT.pack(id, flags, handle.backing)
 
     async def _statx(self, node: int, caller: Caller, body: bytes) -> bytes:
         attributes = await self.vfs.getattr(node)
-        return _STATX_OUT.pack(int(FOR_EVER), 0, 0) + _statx(attributes, await self.vfs.birth_time(node))
+        return _STATX_OUT.pack(_valid(attributes), 0, 0) + _statx(attributes, await self.vfs.birth_time(node))
+
+
+def _valid(attributes: Attributes) -> int:
+    """Seconds that the kernel may keep them."""
+    return 0 if attributes.fleeting else int(FOR_EVER)
 
 
 def _entry_out(attributes: Attributes) -> bytes:
     """struct fuse_entry_out."""
     st = attributes.st
     times = [divmod(ns, _SECOND) for ns in (st.st_atime_ns, st.st_mtime_ns, attributes.ctime_ns)]
-    valid = int(FOR_EVER)
-    return _ENTRY_OUT.pack(attributes.ino, 0, valid, valid, 0, 0) + _ATTR.pack(
+    valid = _valid(attributes)
+    return _ENTRY_OUT.pack(attributes.ino, 0, int(FOR_EVER), valid, 0, 0) + _ATTR.pack(
         attributes.ino,
         st.st_size,
         attributes.blocks,

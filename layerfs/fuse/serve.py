@@ -17,11 +17,12 @@ import layerfs
 from layerfs import gate
 from layerfs.control import server
 from layerfs.errors import MountError
-from layerfs.fdutil import RESOLVE_INSIDE, syncfs
+from layerfs.fdutil import RESOLVE_INSIDE, fd_path, syncfs
 from layerfs.fuse.adapter import Operations
 from layerfs.fuse.controls import Controls
 from layerfs.fuse.extra import Extra
 from layerfs.fuse.statistics import Choice, Reporter
+from layerfs.gate import passthrough
 from layerfs.overlay.names import XattrNames
 from layerfs.stack import Stack
 from layerfs.upper.upper import Upper
@@ -54,6 +55,8 @@ def serve(
         assert config.work is not None, "checked"
         upper = Upper(stack.upper, config.work, names, volatile=config.volatile)
     native = _native_gate(config, stack)
+    if config.passthrough:
+        _pass_through(native, stack, upper)
     reporter = Reporter(_choice(config, native))
     operations = Operations(_describer(config, stack, upper, prefix, native, reporter), reporter.counters)
     operations.enable_acl = config.acl
@@ -69,7 +72,10 @@ def serve(
     try:
         if native is not None and not native.hooked:
             if config.gate:
-                raise MountError("gate=on: this libfuse does not let the native gate in (3.13 or later does)")
+                asked = _asked(config)
+                raise MountError(
+                    f"{asked}: this libfuse does not let the native gate in (3.13 or later does)"
+                )
             log.info("no native gate: libfuse does not let it in")
             native = None
             reporter.choice = _choice(config, None)
@@ -105,7 +111,8 @@ async def _main(
             owners=config.owners,
             xattrs=config.xattrs,
             gate=native,
-            unasked=max(16, _pool_capacity() // 2) if native is not None else 0,
+            unasked=max(16, _pool_capacity() // 2) if native is not None and not config.passthrough else 0,
+            passthrough=config.passthrough,
         )
         if native is not None:
             native.on_let_go = operations.vfs.tree.let_go
@@ -190,13 +197,31 @@ def _native_gate(config: StackConfig, stack: Stack) -> Any:
         statfs=stack.layers[0].fd.fd,
         xattrs=config.xattrs,
         read_only=config.read_only or stack.upper is None,
-        openless=True,
+        openless=not config.passthrough,
     )
     if native is not None:
         native.arm()
     elif config.gate:
-        raise MountError(f"gate=on: there is no native gate: {gate.unavailable}")
+        raise MountError(f"{_asked(config)}: there is no native gate: {gate.unavailable}")
     return native
+
+
+def _asked(config: StackConfig) -> str:
+    """The option that takes the gate."""
+    return "data=passthrough" if config.passthrough else "gate=on"
+
+
+def _pass_through(native: Any, stack: Stack, upper: Upper | None) -> None:
+    """Raises MountError."""
+    obstacle: str | None
+    if upper is not None and upper.overrides:
+        obstacle = "not where the upper directory keeps modes in xattrs: the kernel would not clear setuid"
+    else:
+        obstacle = passthrough.obstacle()
+    if obstacle is not None:
+        raise MountError(f"data=passthrough: {obstacle}")
+    passed = [layer for layer in stack.layers if upper is None or layer is stack.upper]
+    native.pass_through(passthrough.stack_depth(fd_path(layer.fd.fd) for layer in passed))
 
 
 def _choice(config: StackConfig, native: Any) -> Choice:
@@ -206,6 +231,9 @@ def _choice(config: StackConfig, native: Any) -> Choice:
             "switched off" if config.gate is False else gate.unavailable or "this libfuse does not let it in"
         )
         return Choice("python", "pyfuse3 alone answers: there is no gate", False, why)
+    if config.passthrough:
+        why = "asked for; files of the upper directory, all where nothing can be written; others are cached"
+        return Choice("passthrough", why, True, "it was built, and libfuse lets it in")
     why = "the kernel keeps pages and opens files without asking; the gate reads, and writes what is small"
     return Choice("cached", why, True, "it was built, and libfuse lets it in")
 

@@ -115,6 +115,15 @@ class Gate(Protocol):
     def was_used(self, handle: int) -> bool:
         """Whether what was lent was read or written since this was asked last."""
 
+    def open_backing(self, handle: int, node: NodeId, fd: int, allowed: bool) -> int:
+        """`handle` of `node` is about to be opened; `fd` is its file. `allowed`: the kernel may read and
+        write that itself (passthrough), unless it has the node open otherwise. Returns the id of the file
+        that it reads and writes, the same for all handles that are open at a time; 0: it asks us, and keeps
+        pages."""
+
+    def close_backing(self, handle: int, node: NodeId) -> None:
+        """It was released."""
+
     def hold_writes(self, held: bool) -> None:
         """Whether Python must see every WRITE."""
 
@@ -212,6 +221,12 @@ class NoGate:
 
     def was_used(self, handle: int) -> bool:
         return False
+
+    def open_backing(self, handle: int, node: NodeId, fd: int, allowed: bool) -> int:
+        return 0
+
+    def close_backing(self, handle: int, node: NodeId) -> None:
+        pass
 
     def hold_writes(self, held: bool) -> None:
         pass

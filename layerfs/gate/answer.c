@@ -8,6 +8,7 @@
 #include <linux/fuse.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/statvfs.h>
 #include <sys/uio.h>
 #include <sys/xattr.h>
@@ -33,6 +34,7 @@ bool gate_init(struct gate *gate, uint32_t descriptors, uint64_t resolve)
 	memset(gate, 0, sizeof(*gate));
 	gate->device = gate->statfs = gate->loop = -1;
 	gate->files.limit = descriptors;
+	gate->control = ioctl;
 	return facts_init(&gate->facts, descriptors / 4, resolve);
 }
 
@@ -55,6 +57,7 @@ void gate_free(struct gate *gate)
 	map_free(&gate->lent);
 	map_free(&gate->listings);
 	map_free(&gate->asked);
+	backing_free(gate);
 	files_free(&gate->files);
 	facts_free(&gate->facts);
 	free(gate->reply);
@@ -485,6 +488,29 @@ static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *
 
 /* -- data ----------------------------------------------------------------------------------------------------------- */
 
+/* Closes a file that was opened here. */
+static void close_file(struct gate *gate, uint64_t handle)
+{
+	struct file *file = files_get(&gate->files, handle);
+
+	if (file && gate->stack_depth)
+		backing_close(gate, file->node);
+	files_close(&gate->files, handle);
+}
+
+/* Whether the kernel takes the file as it takes others of the node; in passthrough, wherever lower files may be. */
+static bool choose_way(struct gate *gate, struct fuse_open_out *out, uint64_t node, int fd)
+{
+	int32_t id;
+
+	if (!gate->stack_depth)
+		return true;
+	id = backing_open(gate, node, fd, gate->passes_lowers);
+	if (id > 0)
+		backing_tell(out, id);
+	return id >= 0;
+}
+
 /* Opens a known regular file for reading; -1: Python must. */
 static int open_known(struct gate *gate, const struct known *known)
 {
@@ -524,6 +550,9 @@ static enum verdict open_file(struct gate *gate, const struct fuse_in_header *in
 	memcpy(&arg, body, sizeof(arg));
 	if ((arg.flags & O_ACCMODE) != O_RDONLY || arg.flags & O_TRUNC || gate->files.open >= gate->files.limit)
 		return PASSED;
+	/* The kernel opens the lower file so, and it may not know it. */
+	if (gate->passes_lowers && arg.flags & O_DIRECT)
+		return PASSED;
 	fd = open_known(gate, known);
 	if (fd < 0)
 		return PASSED;
@@ -531,8 +560,12 @@ static enum verdict open_file(struct gate *gate, const struct fuse_in_header *in
 		close(fd);
 		return PASSED;
 	}
-	if (gate_reply(gate->device, in->unique, 0, &out, sizeof(out)))
+	if (!choose_way(gate, &out, known->id, fd)) {
 		files_close(&gate->files, out.fh);
+		return PASSED;
+	}
+	if (gate_reply(gate->device, in->unique, 0, &out, sizeof(out)))
+		close_file(gate, out.fh);
 	return ANSWERED;
 }
 
@@ -656,7 +689,7 @@ static enum verdict release(struct gate *gate, const struct fuse_in_header *in, 
 		return reply(gate, in, 0, NULL, 0);
 	if (!(arg.fh & NATIVE_HANDLE))
 		return PASSED;
-	files_close(&gate->files, arg.fh);
+	close_file(gate, arg.fh);
 	return reply(gate, in, 0, NULL, 0);
 }
 

@@ -238,6 +238,11 @@ struct gate {
 	/* OPEN is answered by ENOSYS: from then on the kernel opens, flushes and releases without asking, and says which file it means by
 	 * the node id alone (fs/fuse/file.c fuse_file_open). */
 	bool openless;
+	uint32_t stack_depth; /* file systems that may lie on each other below this one; 0: no passthrough */
+	bool passes_lowers; /* nothing is ever written, so lower files are open in passthrough, too */
+	struct map ways;    /* node id -> struct way; with passthrough alone */
+	struct map backed;  /* handle of pyfuse3 -> id of its backing file */
+	int (*control)(int device, unsigned long request, ...); /* ioctl(2) */
 	uint64_t init_flags; /* what the kernel offers */
 	uint64_t extra_init_flags; /* asked for beside libfuse's, where the kernel offers them */
 	uint64_t bytes_read, bytes_written;
@@ -273,6 +278,29 @@ void gate_take_back(struct gate *gate, uint64_t handle);
 uint64_t gate_adopt(struct gate *gate, struct directory *directory, uint32_t name);
 /* 0, or -errno. */
 int gate_reply(int device, uint64_t unique, int error, const void *payload, size_t size);
+
+/* -- backing.c: files that the kernel reads and writes itself ------------------------------------------------------- */
+
+/* How a node is open, while it is. */
+struct way {
+	int32_t backing; /* id of the file that the kernel reads and writes; 0: it asks us, and keeps pages */
+	uint32_t handles;
+};
+
+/* FUSE_PASSTHROUGH among the flags of INIT; older headers do not have it. */
+#define INIT_PASSTHROUGH (UINT64_C(1) << 37)
+
+struct fuse_open_out;
+struct fuse_init_out;
+
+/* A handle of `node`, whose file is `fd`, is about to be opened. `allowed`: in passthrough, should it be the only one. The
+ * backing file's id, 0 when it goes the other way; `backing_close` follows its RELEASE. -1: no memory; nothing follows. */
+int32_t backing_open(struct gate *gate, uint64_t node, int fd, bool allowed);
+void backing_close(struct gate *gate, uint64_t node);
+void backing_free(struct gate *gate);
+/* Replies that say so. */
+void backing_tell(struct fuse_open_out *opened, int32_t id);
+void backing_init(const struct gate *gate, struct fuse_init_out *init);
 
 /* -- hook.c: between libfuse and the device ------------------------------------------------------------------------- */
 

@@ -154,6 +154,22 @@ static void change_init(const struct gate *gate, struct fuse_init_out *init)
 		init->flags |= FUSE_INIT_EXT;
 		init->flags2 |= (uint32_t)(flags >> 32);
 	}
+	if (flags & INIT_PASSTHROUGH)
+		backing_init(gate, init);
+}
+
+/* The end of a reply to OPEN or CREATE, as the kernel is to get it; false: as it is. */
+static bool change_opened(const struct gate *gate, const struct iovec *payload, struct fuse_open_out *opened)
+{
+	void *id;
+
+	if (!gate->backed.used || payload->iov_len < sizeof(*opened))
+		return false;
+	memcpy(opened, (char *)payload->iov_base + payload->iov_len - sizeof(*opened), sizeof(*opened));
+	id = map_get(&gate->backed, opened->fh);
+	if (id)
+		backing_tell(opened, (int32_t)(uintptr_t)id);
+	return id != NULL;
 }
 
 /* gate/PROTOCOL.md has the table of what is rewritten. */
@@ -190,6 +206,10 @@ static ssize_t send_reply(int device, struct iovec *parts, int count, void *data
 		if (armed->keeps_listings && map_has(&armed->listings, opened.fh))
 			opened.open_flags |= FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE;
 		changed[1].iov_base = &opened;
+	} else if ((opcode == FUSE_OPEN || opcode == FUSE_CREATE) && change_opened(armed, &parts[1], &opened)) {
+		changed[1].iov_len -= sizeof(opened);
+		changed[2] = (struct iovec){&opened, sizeof(opened)};
+		count = 3;
 	}
 	return writev(device, changed, count);
 }

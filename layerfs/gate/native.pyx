@@ -1,7 +1,7 @@
 # cython: language_level=3, cdivision=False
 """The native gate (`core.h`) for Python. All methods belong to the thread that runs pyfuse3."""
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 import errno as _errno
@@ -86,6 +86,9 @@ cdef extern from "core.h":
         bint keeps_listings
         bint holds_writes
         bint openless
+        uint32_t stack_depth
+        bint passes_lowers
+        map backed
         uint64_t bytes_read
         uint64_t bytes_written
         uint64_t init_flags
@@ -123,6 +126,8 @@ cdef extern from "core.h":
     bint gate_lend(gate *, uint64_t, int, bint) nogil
     void gate_take_back(gate *, uint64_t) nogil
     uint64_t gate_adopt(gate *, directory *, uint32_t) nogil
+    int32_t backing_open(gate *, uint64_t, int, bint) nogil
+    void backing_close(gate *, uint64_t) nogil
     int gate_reply(int, uint64_t, int, const void *, size_t) nogil
     bint hook_serve(const char *) nogil
     void hook_arm(gate *) nogil
@@ -133,6 +138,7 @@ cdef extern from "core.h":
 CACHE_SYMLINKS = 1 << 23
 DONT_MASK = 1 << 6
 HANDLE_KILLPRIV_V2 = 1 << 28
+PASSTHROUGH = 1 << 37
 
 def serve(library: bytes):
     """Says whose calls of libfuse come through this module from now on: the shared object at that path. Raises
@@ -226,6 +232,13 @@ cdef class NativeGate:
     def mind(self, loop: int):
         """`loop`: a descriptor that is readable when the event loop has something to do."""
         _gate.loop = loop
+
+    def pass_through(self, stack_depth: int):
+        """The kernel reads and writes files itself, where it may. `stack_depth`: one more than that of the
+        file systems they lie on (fuse_init_out.max_stack_depth)."""
+        _gate.stack_depth = stack_depth
+        _gate.passes_lowers = _gate.keeps_listings
+        _gate.extra_init_flags |= PASSTHROUGH
 
     def carries(self, bint does):
         """Whether `on_carry` takes frames; else they are answered by ENOSYS."""
@@ -406,6 +419,20 @@ cdef class NativeGate:
             return False
         entry.used = False
         return True
+
+    def open_backing(self, uint64_t handle, uint64_t id, int fd, bint allowed):
+        """As `layerfs.gate.Gate`. Raises MemoryError."""
+        cdef int32_t backing = backing_open(&_gate, id, fd, allowed)
+        if backing < 0:
+            raise MemoryError
+        if backing and not map_put(&_gate.backed, handle, <void *><size_t>backing):
+            backing_close(&_gate, id)
+            raise MemoryError
+        return backing
+
+    def close_backing(self, uint64_t handle, uint64_t id):
+        map_take(&_gate.backed, handle)
+        backing_close(&_gate, id)
 
     def hold_writes(self, bint held):
         _gate.holds_writes = held

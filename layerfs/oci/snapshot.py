@@ -20,6 +20,7 @@ The facts that this stands on:
    descriptor: a file that nobody has open for writing has no write(2) under way. The daemon knows
    (`Writers.writing`). And fsync(2) takes the lock under which the kernel sends those requests (fuse_fsync()
    in fs/fuse/file.c): a daemon at work on an fsync knows that there is none half done (`Writers.held`).
+5. With data=passthrough a write(2) comes as one (`Writers.undivided`), so 1 and 2 do for it.
 
 Held to it by tests/oci/test_moment.py, on ext4, xfs, btrfs and tmpfs.
 """
@@ -57,6 +58,9 @@ class Writers(Protocol):
     def writing(self, inode: int) -> bool:
         """Whether somebody has the file open for writing."""
 
+    def undivided(self, inode: int) -> bool:
+        """Whether each write(2) of those comes to the upper's file system as one."""
+
     def held(self, inode: int, path: bytes) -> AbstractContextManager[bool]:
         """While entered nobody changes the file, which is `path` in the mount, and no write(2) on it is half
         done. Gives False when the file is not found any more. Raises LayerfsError."""
@@ -90,10 +94,10 @@ class Snapshots:
         Raises OSError, ESTALE when `path` is another file by now; LayerError when it cannot be had."""
         for _ in range(_TRIES):
             before = self._settled(fd)
-            if before.st_size > _ONE_REQUEST or not self._known:
-                if self._writers.writing(before.st_ino):
-                    break
-            else:
+            divided = before.st_size > _ONE_REQUEST and not self._writers.undivided(before.st_ino)
+            if (divided or not self._known) and self._writers.writing(before.st_ino):
+                break
+            if self._known:
                 _wait_for_writer(fd)
             moment = look()
             copy = self._copy(fd, before.st_size, path) if moment.has_data else None

@@ -128,6 +128,8 @@ class MountOptions:
     acl: bool = True
     #: The native gate answers what it knows; None: where it can be had.
     gate: bool | None = None
+    #: The kernel reads and writes files itself.
+    passthrough: bool = False
     #: Options for the mount itself in the order of their last mention, e.g. `noatime`, `max_read=65536`.
     fuse: tuple[str, ...] = ()
     #: Access times were asked for by name, which takes back the default `noatime`.
@@ -282,7 +284,7 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
     """
     state = _Parsing()
     upper = work = None
-    volatile = read_only = atime = False
+    volatile = read_only = atime = passthrough = False
     redirect_dir = metacopy = userxattr = gate = data = None
     for option in (option for text in strings for option in split_options(text)):
         name, equals, raw = option.partition("=")
@@ -303,8 +305,7 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
             gate = _choice(name, value, _BOOLEAN)
         elif name == "data":
             data = _choice(name, value, _DATA)
-            if value == "passthrough":
-                raise UsageError("option data=passthrough: this version has no passthrough; use data=cached")
+            passthrough = value == "passthrough"
         elif name == "redirect_dir":
             redirect_dir = _choice(name, value, _REDIRECT)
         elif name == "metacopy":
@@ -346,7 +347,7 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
         else:
             state.unknown.append(option)
     if None not in (gate, data) and gate is not data:
-        raise UsageError("options gate and data: data=python is without the gate, data=cached with it")
+        raise UsageError("options gate and data: data=python is without the gate, the others are with it")
     return MountOptions(
         lowers=tuple(state.lowers),
         upper=upper,
@@ -361,6 +362,7 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
         xattrs=state.xattrs,
         acl=state.acl,
         gate=gate if data is None else data,
+        passthrough=passthrough,
         fuse=tuple(state.fuse.values()),
         atime=atime,
         ineffective=tuple(state.ineffective),

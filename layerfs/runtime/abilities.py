@@ -5,7 +5,6 @@ nothing.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import stat
 import sys
@@ -14,12 +13,9 @@ from dataclasses import dataclass
 from layerfs import gate
 from layerfs.errors import LayerfsError, MountError
 from layerfs.fdutil.mountinfo import read_mountinfo
+from layerfs.gate import passthrough
 from layerfs.runtime import mounts, preflight
 from layerfs.vfs import checks
-
-#: Linux with FUSE passthrough, fuse.rst.
-_PASSTHROUGH_SINCE = (6, 9)
-_CAP_SYS_ADMIN = 21
 
 
 @dataclass(frozen=True)
@@ -31,10 +27,6 @@ class Finding:
     text: str
     #: Without it nothing can be mounted.
     needed: bool = False
-
-
-def kernel_version() -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
 
 
 def machine() -> list[Finding]:
@@ -114,41 +106,12 @@ def _allow_other() -> Finding:
 
 
 def _passthrough() -> Finding:
-    name = "passthrough"
-    if kernel_version() < _PASSTHROUGH_SINCE:
-        return Finding(name, None, "no: needs Linux 6.9")
-    config = _kernel_config("CONFIG_FUSE_PASSTHROUGH")
-    if config is False:
-        return Finding(name, None, "no: this kernel was built without CONFIG_FUSE_PASSTHROUGH")
-    if not _initial_user_namespace() or not _has_capability(_CAP_SYS_ADMIN):
-        return Finding(name, None, "no: needs CAP_SYS_ADMIN outside of user namespaces")
-    sure = "" if config else " (if built in: the kernel does not show its configuration)"
-    return Finding(name, True, f"the kernel allows it{sure}; not used without the gate")
-
-
-def _kernel_config(option: str) -> bool | None:
-    """Whether the running kernel was built with `option`; None: it does not say."""
-    import gzip
-
-    try:
-        with gzip.open("/proc/config.gz", "rt") as file:
-            return f"{option}=y" in file.read().split()
-    except (OSError, EOFError):
-        pass
-    try:
-        with open(f"/boot/config-{os.uname().release}") as plain:
-            return f"{option}=y" in plain.read().split()
-    except OSError:
-        return None
-
-
-def _has_capability(number: int) -> bool:
-    try:
-        with open("/proc/self/status") as file:
-            effective = next(line for line in file if line.startswith("CapEff:"))
-        return bool(int(effective.split()[1], 16) >> number & 1)
-    except (OSError, StopIteration):
-        return False
+    obstacle = passthrough.obstacle()
+    if obstacle is None and gate.unavailable is not None:
+        obstacle = "it takes the gate"
+    if obstacle is not None:
+        return Finding("passthrough", None, f"no: {obstacle}")
+    return Finding("passthrough", True, "the kernel may read and write files itself (-o data=passthrough)")
 
 
 def _kernel_overlay() -> Finding:

@@ -22,6 +22,7 @@ from layerfs.fdutil import (
     fd_path,
     fs_uuid,
     openat2,
+    protect_mount,
 )
 from layerfs.ids import LayerNumber
 from layerfs.overlay import override
@@ -98,12 +99,16 @@ def _open_upper(path: str) -> int:
 
 def _open_lower(path: str) -> int:
     """As the kernel's clone_private_mount: what is mounted inside a layer is not part of it, and `umount MNT
-    && umount LAYER` does not meet a daemon that is still ending. (The upper must share its mount with the
-    work directory: rename(2) refuses to cross mounts.)
+    && umount LAYER` does not meet a daemon that is still ending. What the kernel opens in our place
+    (passthrough) it opens through that mount: read-only, and without moving access times. (The upper must
+    share its mount with the work directory: rename(2) refuses to cross mounts.)
     """
     os.close(_open_upper(path))  # a directory that we may read, or the reason why not
     clone = clone_mount(os.fsencode(path))
-    return clone if clone is not None else _open_upper(path)
+    if clone is None:
+        return _open_upper(path)
+    protect_mount(clone)
+    return clone
 
 
 class LowerDir:

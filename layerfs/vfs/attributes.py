@@ -88,6 +88,10 @@ class Attributes:
                 os.chmod(path, stat.S_IMODE(change.mode))
             if isinstance(node, File) and node.handles:
                 node.privileged = bool(change.mode & (stat.S_ISUID | stat.S_ISGID))
+                # Who writes past us takes them away.
+                node.fleeting |= node.privileged and any(
+                    each.backing and each.writable for each in node.handles
+                )
                 for handle in node.handles:
                     handle.lend(self.tree.gate, writes=False)
         if change.atime_ns is not None or change.mtime_ns is not None:

@@ -43,3 +43,5 @@ class StackConfig:
     acl: bool = True
     #: The native gate answers what it knows; None: where it can be had.
     gate: bool | None = None
+    #: The kernel reads and writes files itself; it takes the gate.
+    passthrough: bool = False

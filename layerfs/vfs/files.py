@@ -17,6 +17,7 @@ from layerfs.vfs import setid
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.node import Directory, File
+from layerfs.vfs.passthrough import Passthrough
 from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import Tree, fail
 
@@ -36,7 +37,19 @@ class Handle:
     """An open file, or what is kept of one that the kernel opened without asking (`vfs.unasked`). `fd` is
     replaced when the file is copied up."""
 
-    __slots__ = ("_lent", "busy", "closed", "fd", "id", "node", "opener", "sync", "writable")
+    __slots__ = (
+        "_lent",
+        "backing",
+        "busy",
+        "closed",
+        "fd",
+        "id",
+        "keeps_pages",
+        "node",
+        "opener",
+        "sync",
+        "writable",
+    )
 
     def __init__(self, id: HandleId, node: File, fd: OwnedFd, flags: int, opener: Caller) -> None:
         self.id = id
@@ -50,10 +63,15 @@ class Handle:
         self.closed = False
         #: what the gate has: the descriptor, and whether it writes
         self._lent: tuple[OwnedFd, bool] | None = None
+        #: id of the file that the kernel reads and writes in our place; 0: it asks us
+        self.backing = 0
+        #: the kernel may use pages that it has of the file
+        self.keeps_pages = True
 
     def lend(self, gate: Gate, *, writes: bool) -> None:
-        """Lets the gate read the file, and write it or no longer. Costs nothing when that is so already."""
-        if self.closed:
+        """Lets the gate read the file, and write it or no longer. Costs nothing when that is so already, or
+        the kernel asks nobody."""
+        if self.closed or self.backing:
             return
         if self._lent is None or self._lent[0] is not self.fd or self._lent[1] is not writes:
             self._lent = self.fd, writes
@@ -77,8 +95,17 @@ class DirectoryHandle:
 
 
 class Files:
-    def __init__(self, tree: Tree, upper: Upper | None, copyup: CopyUp | None, tally: Tally) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        upper: Upper | None,
+        copyup: CopyUp | None,
+        tally: Tally,
+        passthrough: Passthrough | None = None,
+    ) -> None:
         self.tree = tree
+        #: None: the kernel asks for everything that it does not keep
+        self.passthrough = passthrough
         self.tally = tally
         self.upper = upper
         self.copyup = copyup
@@ -133,11 +160,11 @@ class Files:
         """A handle for an opened descriptor."""
         handle = Handle(self._number(), node, fd, flags, opener)
         node.users += 1
-        self.keep(handle)
+        self.keep(handle, flags)
         return handle
 
-    def keep(self, handle: Handle) -> None:
-        """Lets requests use it."""
+    def keep(self, handle: Handle, flags: int) -> None:
+        """Lets requests use it; `flags`: those of open(2)."""
         node = handle.node
         self._handles[handle.id] = handle
         if node.handles is None:
@@ -145,6 +172,8 @@ class Files:
         node.handles.add(handle)
         if handle.writable:
             self.begin_writing(handle)
+        if self.passthrough is not None:
+            self.passthrough.open(handle, flags)
         self.lend(handle)
 
     def begin_writing(self, handle: Handle) -> None:
@@ -172,6 +201,8 @@ class Files:
     def close(self, handle: Handle) -> None:
         """No request uses it any more."""
         self.tree.gate.take_back(handle.id)
+        if self.passthrough is not None:
+            self.passthrough.close(handle)
         handle.closed = True
         del self._handles[handle.id]
         if handle.node.handles is not None:
@@ -186,6 +217,10 @@ class Files:
     def open_for_writing(self) -> set[File]:
         """The files of the upper that somebody can write to."""
         return {each.node for each in self._handles.values() if each.writable and each.node.in_upper}
+
+    def written_past_us(self) -> set[File]:
+        """Those of them that the kernel writes itself."""
+        return {each.node for each in self._handles.values() if each.writable and each.backing}
 
     # -- data -------------------------------------------------------------------------------------
 

@@ -18,6 +18,11 @@ that it changes or removes. An fsync would wait for these, and the change for wh
 opens a file has the lock of a directory at most, so that is all that may be held while somebody makes an
 fsync. For the same reason listing a directory waits where a change in it is held.
 
+Writes that the kernel makes itself (`vfs.passthrough`) do not come here. It makes them under the inode's lock
+too (fuse_passthrough_write_iter), so there the fsync that closes the file is not answered before it is given
+free (`until_free`). Files that are open have all names on their way in the kernel, so an fsync of another
+needs no lock of a directory that waits for this one.
+
 fsync makes the kernel write back what was stored through mappings *before* it is sent. What is stored later
 stays in the page cache, as its WRITE waits here.
 """
@@ -196,6 +201,10 @@ class Hold:
             await stirred.wait()
         if not stirred.is_set() and interrupted():
             fail(errno.EINTR)
+
+    async def until_free(self, node: int) -> None:
+        """Until nobody has closed the file. Raises nothing."""
+        await self.until(lambda: self._over or not any(node in each.closed for each in self._sessions))
 
     # -- what closes a file ---------------------------------------------------------------------------
 

@@ -101,7 +101,17 @@ class Directory(Node):
 class File(Node):
     """Everything that is not a directory."""
 
-    __slots__ = ("failure", "handles", "is_regular", "job", "lookup_dirs", "metacopy", "privileged")
+    __slots__ = (
+        "bypassed",
+        "failure",
+        "fleeting",
+        "handles",
+        "is_regular",
+        "job",
+        "lookup_dirs",
+        "metacopy",
+        "privileged",
+    )
 
     def __init__(self, id: NodeId, parent: Directory | None, name: bytes) -> None:
         super().__init__(id, parent, name)
@@ -116,3 +126,7 @@ class File(Node):
         self.lookup_dirs: tuple[LowerDir, ...] = ()
         #: setuid or setgid is set (so that a write must clear it); kept while it is open for writing
         self.privileged = False
+        #: it was open in passthrough when it was opened last (`vfs.passthrough`)
+        self.bypassed = False
+        #: its attributes may change and nobody tells: the kernel is not to keep them
+        self.fleeting = False

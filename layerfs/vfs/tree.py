@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import trio
 
-from layerfs.fdutil import OwnedFd, at_path, birth_time, fd_path
+from layerfs.fdutil import OwnedFd, at_path, birth_time, fd_path, is_open_for_writing
 from layerfs.gate import Gate, NoGate, Plain
 from layerfs.ids import ROOT, Ino, NodeId, RealIno
 from layerfs.inodes import numbers
@@ -61,6 +61,8 @@ class Attributes:
     nlink: int
     ctime_ns: int
     blocks: int
+    #: they may change and nobody tells
+    fleeting: bool = False
 
 
 class _InUse:
@@ -586,11 +588,15 @@ class Tree:
 
     async def attributes(self, node: Node) -> Attributes:
         """Raises OSError."""
+        if isinstance(node, File) and node.fleeting:
+            node.fleeting = self._is_written(node)
         st = self.stat_real(node)
         if isinstance(node, File):
             node.is_regular = stat.S_ISREG(st.st_mode)
             if node.in_upper:
-                return self._upper_attributes(node, st, st.st_nlink)
+                shown = self._upper_attributes(node, st, st.st_nlink)
+                shown.fleeting = node.fleeting
+                return shown
             nlink = st.st_nlink
             if node.parent is None:
                 nlink = 0
@@ -601,6 +607,15 @@ class Tree:
             return self._attributes(st, node.id, nlink, st.st_ctime_ns, st.st_blocks)
         assert isinstance(node, Directory)
         return self._directory_attributes(node, st)
+
+    def _is_written(self, node: File) -> bool:
+        """Whether somebody has a file of the upper open, or mapped to be written. Raises OSError."""
+        if node.handles:
+            return True
+        fd = self.open_real(*self.where(node), os.O_RDONLY | os.O_NOATIME)
+        written = is_open_for_writing(fd.fd)
+        del fd
+        return written
 
     def _directory_attributes(self, node: Directory, st: os.stat_result | None = None) -> Attributes:
         if st is None:

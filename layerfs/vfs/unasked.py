@@ -79,7 +79,7 @@ class Unasked:
         self._make_room()
         handle = Handle(HandleId(node.id), node, fd, flags, caller)
         self._kept[node.id] = handle
-        self.files.keep(handle)
+        self.files.keep(handle, flags)
         return handle
 
     @contextmanager

@@ -35,6 +35,7 @@ from layerfs.vfs.links import LinkIndex
 from layerfs.vfs.names import Names
 from layerfs.vfs.namespace import Namespace, New
 from layerfs.vfs.node import Directory, File, Node
+from layerfs.vfs.passthrough import Passthrough
 from layerfs.vfs.rename import Rename
 from layerfs.vfs.tally import Tally
 from layerfs.vfs.tree import PATH_MAX, Attributes, Tree, fail
@@ -95,10 +96,12 @@ class Vfs:
         xattrs: bool = True,
         gate: Gate | None = None,
         unasked: int = 0,
+        passthrough: bool = False,
     ) -> None:
         """`nursery` runs copy-ups; it must outlive all requests. `upper` None: read-only. `xattrs` False:
         users neither see nor set any. `unasked`: files are opened and closed without asking, and for so many
-        of them descriptors may be kept; 0: they are not.
+        of them descriptors may be kept; 0: they are not. `passthrough`: `gate` has the kernel read and write
+        files itself.
         """
         self.stack = stack
         self._xattrs = xattrs
@@ -120,7 +123,8 @@ class Vfs:
                 Rename(names, redirect_dir=redirect_dir),
                 AttributeChanges(self.tree, upper, copyup),
             )
-        self.files = Files(self.tree, upper, copyup, self.tally)
+        past = Passthrough(self.tree, upper) if passthrough else None
+        self.files = Files(self.tree, upper, copyup, self.tally, past)
         self.unasked = Unasked(self.tree, self.files, copyup, unasked) if unasked else None
         self.hold = Hold(copyup.quiet if copyup is not None else _nothing, gate)
 
@@ -429,8 +433,11 @@ class Vfs:
         return self.files.seek(handle, offset, whence)
 
     async def fsync(self, handle: int, data_only: bool) -> None:
-        self.hold.reached(self.files.handle(handle).node.id)
+        node = self.files.handle(handle).node
+        self.hold.reached(node.id)
         await self.files.fsync(handle, data_only)
+        if any(each.writable and each.backing for each in node.handles or ()):
+            await self.hold.until_free(node.id)
 
 
 def _is_empty(stack: Stack) -> bool:

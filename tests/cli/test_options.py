@@ -123,7 +123,7 @@ def test_what_podman_says() -> None:
         "threaded=",
         "plugins=/usr/lib/plugin.so",
         "verity=require",
-        "data=passthrough",
+        "gate=off,data=passthrough",
         "gate=off,data=cached",
         "gate=on,data=python",
         "gate=1",

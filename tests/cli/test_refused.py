@@ -118,7 +118,7 @@ CASES = [
     Case(
         "owner mapping", with_options("-o", "uidmapping=0:1"), "uidmapping=0:1: must be STORED:SHOWN:COUNT", 2
     ),
-    Case("passthrough", with_options("-o", "data=passthrough"), "data=passthrough", 2),
+    Case("passthrough", with_options("-o", "data=passthrough", "--gate", "off"), "takes the native gate", 2),
     Case("data-only", lambda box: ["-o", f"lowerdir={box('a')}::{box('b')}", box("m")], "data-only", 2),
     Case("both lowers", with_options("-o", "lowerdir=/x"), "--lower and -o lowerdir=", 2),
     Case("both uppers", with_options("-o", "upperdir=/x"), "--upper and -o upperdir=", 2),

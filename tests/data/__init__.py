@@ -1,0 +1,1 @@
+"""Ways of the bytes of files other than the default."""

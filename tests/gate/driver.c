@@ -14,6 +14,7 @@
 #include <linux/fuse.h>
 #include <malloc.h>
 #include <poll.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -102,6 +103,36 @@ static void on_let_go(uint64_t id)
 		let_go[let_go_count++] = id;
 }
 
+/* Backing files; an id is given out once. */
+static uint8_t live_backings[1 << 16];
+static uint32_t backings, backing_count;
+
+static int control(int device, unsigned long request, ...)
+{
+	va_list arguments;
+	uint32_t id;
+	void *argument;
+
+	va_start(arguments, request);
+	argument = va_arg(arguments, void *);
+	va_end(arguments);
+	if (device != gate.device)
+		fail("ioctl of something else");
+	if (request == 0x4010E501) {
+		if (backings + 1 == sizeof(live_backings))
+			fail("too many backing files");
+		live_backings[++backings] = 1;
+		backing_count++;
+		return (int)backings;
+	}
+	memcpy(&id, argument, sizeof(id));
+	if (request != 0x4004E502 || id > backings || !live_backings[id])
+		fail("a backing file that is none");
+	live_backings[id] = 0;
+	backing_count--;
+	return 0;
+}
+
 /* -- commands ------------------------------------------------------------------------------------------------------- */
 
 static void start(void)
@@ -119,6 +150,7 @@ static void start(void)
 	kernel = pair[1];
 	gate.let_go = on_let_go;
 	gate.keeps_listings = true;
+	gate.control = control;
 	gate.xattrs = number(1);
 	gate.carries = number(1);
 	if (number(1)) {
@@ -350,7 +382,7 @@ static void command(void)
 		gate_take_back(&gate, id);
 		end_lending(id);
 		break;
-	case 'J': /* u8: whether files are opened without asking */
+	case 'u': /* u8: whether files are opened without asking */
 		gate.openless = number(1);
 		break;
 	case 'W': /* u8: whether writes are held */
@@ -359,6 +391,25 @@ static void command(void)
 	case 'O': /* two flags u64: what INIT offered, what is asked for */
 		gate.init_flags = number(8);
 		gate.extra_init_flags = number(8);
+		break;
+	case 'M': /* stack depth u32, lowers u8: passthrough, and of lower files */
+		gate.stack_depth = (uint32_t)number(4);
+		gate.passes_lowers = number(1);
+		break;
+	case 'J': /* handle, node, allowed u8: opened by Python. i32: id of the backing file */
+		id = number(8);
+		{
+			uint64_t node = number(8);
+			int32_t backing = backing_open(&gate, node, -1, number(1));
+
+			if (backing > 0)
+				map_put(&gate.backed, id, (void *)(uintptr_t)backing);
+			put_number((uint32_t)backing, 4);
+		}
+		break;
+	case 'j': /* handle, node: released */
+		map_take(&gate.backed, number(8));
+		backing_close(&gate, number(8));
 		break;
 	case 'Z': /* opcode u32, the rest: libfuse's payload for it. The packet that goes out */
 		libfuse_replies();
@@ -405,7 +456,7 @@ static void command(void)
 		frame();
 		break;
 	case 'N': /* u64 each: names, bytes, known, claimed, open files, listings, slots of `known`, bytes taken from
-		     malloc (0 under ASan), 64 natively, 64 passed */
+		     malloc (0 under ASan), backing files, nodes that are open, 64 natively, 64 passed */
 		put_number(gate.facts.names, 8);
 		put_number(gate.facts.bytes, 8);
 		put_number(gate.facts.known.used, 8);
@@ -418,6 +469,8 @@ static void command(void)
 
 			put_number(info.uordblks + info.hblkhd, 8);
 		}
+		put_number(backing_count, 8);
+		put_number(gate.ways.used, 8);
 		put(gate.natively, sizeof(gate.natively));
 		put(gate.passed, sizeof(gate.passed));
 		break;

@@ -14,7 +14,7 @@ from tests.gate import frames as f
 from tests.gate.twin import Answer, Home, Plain, Verdict
 
 SOURCES = Path(__file__).parents[2] / "layerfs" / "gate"
-CORE = ("map.c", "facts.c", "files.c", "answer.c")
+CORE = ("map.c", "facts.c", "files.c", "answer.c", "backing.c")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
 
@@ -47,6 +47,9 @@ class Counts:
     slots: int
     #: bytes that the process has from malloc; 0 under ASan
     taken: int
+    #: backing files that the kernel has, and nodes that are open while there is passthrough
+    backings: int
+    ways: int
     natively: dict[int, int]
     passed: dict[int, int]
 
@@ -143,7 +146,7 @@ class Driver:
         self._do(b"Y", struct.pack("<Q", handle))
 
     def opens_without_asking(self) -> None:
-        self._do(b"J", b"\1")
+        self._do(b"u", b"\1")
 
     def hold_writes(self, held: bool) -> None:
         self._do(b"W", bytes([held]))
@@ -151,6 +154,16 @@ class Driver:
     def init_flags(self, offered: int, wanted: int) -> None:
         """What the kernel offered, and what is asked for."""
         self._do(b"O", struct.pack("<QQ", offered, wanted))
+
+    def pass_through(self, stack_depth: int, lowers: bool) -> None:
+        """`lowers`: lower files that are opened here, too."""
+        self._do(b"M", struct.pack("<IB", stack_depth, lowers))
+
+    def open_backing(self, handle: int, node: int, allowed: bool) -> int:
+        return _number(self._do(b"J", struct.pack("<QQB", handle, node, allowed)))
+
+    def close_backing(self, handle: int, node: int) -> None:
+        self._do(b"j", struct.pack("<QQ", handle, node))
 
     def libfuse_replies(self, opcode: int, payload: bytes) -> bytes:
         """The packet that goes out."""
@@ -182,11 +195,9 @@ class Driver:
         self._do(b"G", struct.pack("<B", not arrive))
 
     def counts(self) -> Counts:
-        numbers = struct.unpack("<136Q", self._do(b"N"))
-        natively, passed = numbers[8:72], numbers[72:]
-        names, size, known, claimed, opened, listings, slots, taken = numbers[:8]
-        some = _some(natively), _some(passed)
-        return Counts(names, size, known, claimed, opened, listings, slots, taken, *some)
+        numbers = struct.unpack("<138Q", self._do(b"N"))
+        natively, passed = numbers[10:74], numbers[74:]
+        return Counts(*numbers[:10], _some(natively), _some(passed))
 
     # -- frames -----------------------------------------------------------------------------------
 

@@ -124,6 +124,19 @@ class Pair:
         self.core.init_flags(offered, wanted)
         self.twin.offered, self.twin.wanted = offered, wanted
 
+    def pass_through(self, stack_depth: int, lowers: bool) -> None:
+        self.core.pass_through(stack_depth, lowers)
+        self.twin.stack_depth, self.twin.passes_lowers = stack_depth, lowers
+
+    def open_backing(self, handle: int, node: int, allowed: bool) -> int:
+        id = self.twin.open_backing(handle, node, allowed)
+        assert self.core.open_backing(handle, node, allowed) == id
+        return id
+
+    def close_backing(self, handle: int, node: int) -> None:
+        self.core.close_backing(handle, node)
+        self.twin.close_backing(handle, node)
+
     def libfuse_replies(self, opcode: int, payload: bytes) -> bytes:
         """What of it goes out."""
         packet = self.twin.libfuse_replies(opcode, payload)
@@ -181,6 +194,8 @@ class Pair:
         assert counts.claimed == len(twin.claimed)
         assert counts.open == len(twin.open) + len(twin.kept)
         assert counts.listings == len(twin.listings)
+        assert counts.ways == len(twin.ways)
+        assert counts.backings == sum(way.backing > 0 for way in twin.ways.values())
         for node, known in twin.known.items():
             assert self.core.known(node) == (known.lookups, known.directory.id)
 

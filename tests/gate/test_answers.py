@@ -703,6 +703,83 @@ def test_other_replies_stay_as_they_are(tree: Pair) -> None:
         assert tree.libfuse_replies(opcode, payload) == payload
 
 
+# -- passthrough ---------------------------------------------------------------------------------------
+
+
+def opened(pair: Pair, node: int) -> tuple[int, int, int]:
+    """(handle, flags, backing file) of an open that the gate answers."""
+    handle, flags, backing = f.OPEN_OUT.unpack(payload(pair.feed(f.open(node))))
+    assert handle & NATIVE
+    return handle, flags, backing
+
+
+def test_the_kernel_hears_of_the_depth(tree: Pair) -> None:
+    tree.pass_through(2, lowers=True)
+    libfuse = f.INIT_OUT.pack(7, 38, 0, 1 << 5, 12, 9, 1 << 20, 1, 256, 0, 0, 0)
+    tree.init_flags(offered=0, wanted=f.PASSTHROUGH)
+    assert tree.libfuse_replies(f.INIT, libfuse) == libfuse
+    tree.init_flags(offered=f.PASSTHROUGH, wanted=f.PASSTHROUGH)
+    wanted = f.INIT_OUT.pack(7, 38, 0, 1 << 5 | f.INIT_EXT, 12, 9, 1 << 20, 1, 256, 0, 1 << 5, 2)
+    assert tree.libfuse_replies(f.INIT, libfuse) == wanted
+
+
+def test_all_handles_of_a_node_share_a_backing_file(tree: Pair) -> None:
+    tree.pass_through(1, lowers=True)
+    node, other = look_up(tree, "file"), look_up(tree, "other")
+    one, flags, backing = opened(tree, node)
+    assert flags == f.FOPEN_PASSTHROUGH and backing > 0
+    two, *same = opened(tree, node)
+    assert same == [flags, backing]
+    assert opened(tree, other)[2] not in (0, backing)
+    assert tree.open_backing(20, node, allowed=False) == backing  # Python's, too
+    for handle in (one, two):
+        tree.feed(f.release(node, handle))
+        tree.agree()
+    assert tree.open_backing(21, node, allowed=True) == backing
+    tree.close_backing(20, node)
+    tree.close_backing(21, node)
+    tree.agree()
+    assert opened(tree, node)[2] not in (0, backing)
+
+
+def test_lower_files_of_a_writable_mount_are_cached(tree: Pair) -> None:
+    tree.pass_through(1, lowers=False)
+    node = look_up(tree, "file")
+    handle, *cached = opened(tree, node)
+    assert cached == [f.FOPEN_KEEP_CACHE, 0]
+    # Copied up meanwhile: the kernel would not take it any other way.
+    assert tree.open_backing(20, node, allowed=True) == 0
+    tree.feed(f.release(node, handle))
+    assert tree.open_backing(21, node, allowed=True) == 0
+    tree.close_backing(20, node)
+    tree.close_backing(21, node)
+    assert tree.open_backing(22, node, allowed=True) > 0
+
+
+def test_replies_of_python_name_the_backing_file(tree: Pair) -> None:
+    tree.pass_through(1, lowers=False)
+    backing = tree.open_backing(20, 77, allowed=True)
+    passed_through = f.OPEN_OUT.pack(20, f.FOPEN_PASSTHROUGH, backing)
+    cached = f.OPEN_OUT.pack(20, f.FOPEN_KEEP_CACHE, 0)
+    assert tree.libfuse_replies(f.OPEN, cached) == passed_through
+    assert tree.libfuse_replies(f.CREATE, bytes(128) + cached) == bytes(128) + passed_through
+    other = f.OPEN_OUT.pack(21, f.FOPEN_KEEP_CACHE, 0)
+    assert tree.libfuse_replies(f.OPEN, other) == other
+    assert tree.libfuse_replies(f.OPEN, b"short") == b"short"
+    tree.close_backing(20, 77)
+    assert tree.libfuse_replies(f.OPEN, cached) == cached
+
+
+def test_an_open_that_nobody_waits_for_leaves_nothing(tree: Pair) -> None:
+    tree.pass_through(1, lowers=True)
+    node = look_up(tree, "file")
+    tree.plug(False)
+    tree.feed(f.open(node))
+    tree.plug(True)
+    tree.agree()
+    assert tree.core.counts().backings == 0
+
+
 # -- what is carried, what is passed -------------------------------------------------------------------
 
 CARRIED = (f.FALLOCATE, f.COPY_FILE_RANGE, f.TMPFILE, f.STATX, f.COPY_FILE_RANGE_64)

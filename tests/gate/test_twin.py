@@ -62,8 +62,18 @@ class Program(RuleBasedStateMachine):
         carries=st.booleans(),
         statfs=st.booleans(),
         openless=st.booleans(),
+        passes=st.sampled_from([None, "upper", "lowers"]),
     )
-    def begin(self, descriptors: int, xattrs: bool, carries: bool, statfs: bool, openless: bool) -> None:
+    def begin(
+        self,
+        descriptors: int,
+        xattrs: bool,
+        carries: bool,
+        statfs: bool,
+        openless: bool,
+        passes: str | None,
+    ) -> None:
+        passes = None if openless else passes
         self.base = Path(tempfile.mkdtemp(prefix="layerfs-twin-"))
         self.pair = Pair(
             self.core,
@@ -79,6 +89,9 @@ class Program(RuleBasedStateMachine):
         #: nodes of objects that nobody may have looked up
         self.unknown = [self.pair.node("file"), self.pair.node("a/link")]
         self.handles: list[int] = [NATIVE, NATIVE | 1, 9, 0, 0, 0]
+        #: handles that are Python's, of these nodes
+        self.backed: dict[int, int] = {}
+        self.pair.pass_through(2 if passes else 0, passes == "lowers")
         for id in PLACES:
             self.publish(id, ())
 
@@ -176,6 +189,16 @@ class Program(RuleBasedStateMachine):
     def take_back(self, handle: int) -> None:
         self.pair.take_back(handle)
 
+    @rule(handle=st.integers(1, 9), choose=st.integers(0, 99), allowed=st.booleans())
+    def open_or_close(self, handle: int, choose: int, allowed: bool) -> None:
+        if not self.pair.twin.stack_depth:
+            return
+        if handle in self.backed:
+            self.pair.close_backing(handle, self.backed.pop(handle))
+        elif node := self.nodes(choose):
+            self.pair.open_backing(handle, node, allowed)
+            self.backed[handle] = node
+
     @rule(held=st.booleans(), flags=st.sampled_from([0, f.HANDLE_KILLPRIV_V2]))
     def options(self, held: bool, flags: int) -> None:
         self.pair.hold_writes(held)
@@ -251,7 +274,10 @@ class Program(RuleBasedStateMachine):
     def releasedir(self, handle: int) -> None:
         self.feed(f.release(ROOT, handle, f.RELEASEDIR))
 
-    @rule(choose=st.integers(0, 99), flags=st.sampled_from([0, 0, 0, os.O_RDWR, os.O_TRUNC, os.O_NONBLOCK]))
+    @rule(
+        choose=st.integers(0, 99),
+        flags=st.sampled_from([0, 0, 0, os.O_RDWR, os.O_TRUNC, os.O_DIRECT, os.O_NONBLOCK]),
+    )
     def open(self, choose: int, flags: int) -> None:
         self.feed(f.open(self.nodes(choose), flags))
 
@@ -302,7 +328,7 @@ class Program(RuleBasedStateMachine):
         self.feed(f.getxattr(self.nodes(choose), b"security.capability"))
 
     @rule(
-        opcode=st.sampled_from([f.INIT, f.OPENDIR, f.OPEN]),
+        opcode=st.sampled_from([f.INIT, f.OPENDIR, f.OPEN, f.CREATE]),
         payload=st.binary(max_size=90),
         handle=DIRECTORIES,
     )

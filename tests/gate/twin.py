@@ -95,6 +95,14 @@ class Opened:
 
 
 @dataclass
+class Way:
+    """How a node is open."""
+
+    backing: int
+    handles: int
+
+
+@dataclass
 class Answer:
     verdict: Verdict
     #: the frame as pyfuse3, or whoever takes carried ones, gets it
@@ -135,6 +143,12 @@ class Twin:
         self.kept: dict[int, int] = {}
         #: INIT's flags: what the kernel offered, what is asked for beside libfuse's
         self.offered, self.wanted = 0, 0
+        #: passthrough: `max_stack_depth`, 0: none; whether lower files have it
+        self.stack_depth, self.passes_lowers = 0, False
+        self.ways: dict[int, Way] = {}
+        #: handle of Python's -> backing file
+        self.backed: dict[int, int] = {}
+        self._backings = 0
         #: whether replies arrive
         self.plugged = True
 
@@ -226,6 +240,29 @@ class Twin:
     def take_back(self, handle: int) -> None:
         if handle in self.lent:
             os.close(self.lent.pop(handle)[0])
+
+    def open_backing(self, handle: int, node: int, allowed: bool) -> int:
+        backing = self._open_way(node, allowed)
+        if backing:
+            self.backed[handle] = backing
+        return backing
+
+    def close_backing(self, handle: int, node: int) -> None:
+        self.backed.pop(handle, None)
+        self._close_way(node)
+
+    def _open_way(self, node: int, allowed: bool) -> int:
+        """The first handle decides."""
+        if node not in self.ways:
+            self._backings += allowed
+            self.ways[node] = Way(self._backings if allowed else 0, 0)
+        self.ways[node].handles += 1
+        return self.ways[node].backing
+
+    def _close_way(self, node: int) -> None:
+        self.ways[node].handles -= 1
+        if not self.ways[node].handles:
+            del self.ways[node]
 
     def switch(self, node: int, path: str) -> int:
         switched = [opened for opened in self.open.values() if opened.node == node]
@@ -348,11 +385,19 @@ class Twin:
                 fields[10] |= flags >> 32
             if self.openless:
                 fields[3] &= ~f.ATOMIC_O_TRUNC
+            if flags & f.PASSTHROUGH:
+                fields[11] = self.stack_depth
             payload = f.INIT_OUT.pack(*fields) + payload[f.INIT_OUT.size :]
         elif opcode == f.OPENDIR and len(payload) == f.OPEN_OUT.size:
             handle, flags, backing = f.OPEN_OUT.unpack(payload)
             if handle in self.listings:
                 payload = f.OPEN_OUT.pack(handle, flags | f.FOPEN_CACHE_DIR | f.FOPEN_KEEP_CACHE, backing)
+        elif opcode in (f.OPEN, f.CREATE) and len(payload) >= f.OPEN_OUT.size:
+            before, opened = payload[: -f.OPEN_OUT.size], payload[-f.OPEN_OUT.size :]
+            handle, flags, backing = f.OPEN_OUT.unpack(opened)
+            if handle in self.backed:
+                flags, backing = f.FOPEN_PASSTHROUGH, self.backed[handle]
+            payload = before + f.OPEN_OUT.pack(handle, flags, backing)
         return f.reply(unique, 0, payload)
 
     def _reply(self, answer: Answer, reply: bytes) -> None:
@@ -552,14 +597,25 @@ class Twin:
         self._of(node)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC or len(self.open) >= self.descriptors:
             raise _Ask
+        if self.passes_lowers and flags & os.O_DIRECT:
+            raise _Ask
         fd = self._open_known(node)
         number = self._vacant.pop() if self._vacant else len(self.open)
-        if self.plugged:
-            self.open[number] = Opened(node, fd)
-        else:
-            os.close(fd)
+        flags, backing = f.FOPEN_KEEP_CACHE, 0
+        if self.stack_depth and (backing := self._open_way(node, self.passes_lowers)):
+            flags = f.FOPEN_PASSTHROUGH
+        self.open[number] = Opened(node, fd)
+        if not self.plugged:
+            self._close(number)
+        return f.OPEN_OUT.pack(NATIVE | number, flags, backing)
+
+    def _close(self, number: int) -> None:
+        opened = self.open.pop(number, None)
+        if opened is not None:
+            if self.stack_depth:
+                self._close_way(opened.node)
+            os.close(opened.fd)
             self._vacant.append(number)
-        return f.OPEN_OUT.pack(NATIVE | number, f.FOPEN_KEEP_CACHE, 0)
 
     def _descriptor(self, node: int) -> int:
         """What a message without a handle means. Raises _Carry."""
@@ -625,10 +681,7 @@ class Twin:
     def _release_native(self, handle: int) -> bytes:
         if not handle & NATIVE:
             raise _Ask
-        opened = self.open.pop(handle & ~NATIVE, None)
-        if opened is not None:
-            os.close(opened.fd)
-            self._vacant.append(handle & ~NATIVE)
+        self._close(handle & ~NATIVE)
         return b""
 
     def _flush(self, node: int, body: bytes, answer: Answer) -> bytes:

@@ -48,6 +48,9 @@ class NoMount:
     def writing(self, inode: int) -> bool:
         return self.open_for_writing
 
+    def undivided(self, inode: int) -> bool:
+        return False
+
     def held(self, inode: int, path: bytes) -> AbstractContextManager[bool]:
         raise Held
 

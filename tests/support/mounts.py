@@ -61,6 +61,8 @@ SUSPICIOUS = re.compile(
 live: list[Mounted] = []
 #: What --gate asks of layerfs mounts; None: nothing.
 gate: str | None = None
+#: What --data asks of them.
+data: str | None = None
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_move_mount, _SYS_fsopen, _SYS_fsconfig, _SYS_fsmount = 429, 430, 431, 432
@@ -517,14 +519,20 @@ class Layerfs(_Daemon):
             argv += ["--upper", s.upper]
         if s.work:
             argv += ["--work", s.work]
-        if options := [*self._gate(), *self.options]:
+        if options := [*self._asked(), *self.options]:
             argv += ["-o", ",".join(options)]
         return [*argv, *self.args, s.mnt]
 
-    def _gate(self) -> list[str]:
-        """What --gate asks for, unless the test asks for something itself."""
+    def _asked(self) -> list[str]:
+        """What --gate and --data ask for, unless the test asks for something itself."""
+        if any(option.startswith(("gate=", "data=")) for option in self.options):
+            return []
         asked = [f"gate={gate}"] if gate is not None else []
-        return [] if any(option.startswith(("gate=", "data=")) for option in self.options) else asked
+        # Others may not have it, and modes in xattrs do not go with it.
+        kept_apart = self.as_user or any(option.startswith("xattr_permissions=") for option in self.options)
+        if data is not None and not (data == "passthrough" and kept_apart):
+            asked.append(f"data={data}")
+        return asked
 
     def _open(self) -> None:
         if not self.log.exists():
