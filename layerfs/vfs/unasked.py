@@ -48,12 +48,16 @@ class Unasked:
         """Raises OSError."""
         handle = self._kept.get(node.id)
         if handle is None:
-            if node.in_upper and not self.tree.is_metacopy(node):
-                fd = open_upper(self.tree, node, os.O_RDONLY)
-            else:
-                fd = self.files.open_kindly(*self.tree.data_location(node), os.O_RDONLY)
-            handle = self.add(node, fd, os.O_RDONLY, caller)
+            handle = self.add(node, self._open(node), os.O_RDONLY, caller)
         return handle
+
+    def _open(self, node: File) -> OwnedFd:
+        try:
+            return self.files.open_kindly(*self.tree.data_location(node), os.O_RDONLY)
+        except PermissionError:
+            if not node.in_upper or self.tree.is_metacopy(node):
+                raise
+            return open_upper(self.tree, node, os.O_RDONLY)
 
     async def writing(self, node: File, caller: Caller) -> Handle:
         """Copies the file up. Raises OSError."""
