@@ -12,6 +12,7 @@ import logging
 import os
 import stat
 import struct
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from time import perf_counter_ns
@@ -27,6 +28,7 @@ READ: Final = 15
 WRITE: Final = 16
 FSYNC: Final = 20
 IOCTL: Final = 39
+READDIRPLUS: Final = 44
 FALLOCATE: Final = 43
 LSEEK: Final = 46
 COPY_FILE_RANGE: Final = 47
@@ -68,6 +70,8 @@ _ENTRY_OUT: Final = struct.Struct("=QQQQII")
 _ATTR: Final = struct.Struct("=QQQqqqIIIIIIIIII")
 #: fh, open_flags, backing_id
 _OPEN_OUT: Final = struct.Struct("=QIi")
+#: ino, off, namelen, type; the name follows, and zeros up to a multiple of 8 bytes
+_DIRENT: Final = struct.Struct("=QQII")
 #: attr_valid, attr_valid_nsec, flags, spare; a fuse_statx follows
 _STATX_OUT: Final = struct.Struct("=QII16x")
 #: mask, blksize, attributes, nlink, uid, gid, mode, spare, ino, size, blocks, attributes_mask; a fuse_sx_time
@@ -103,8 +107,12 @@ class _Carrier(Protocol):
 class Extra:
     """One mount's. Frames may be handled at the same time."""
 
-    def __init__(self, vfs: Vfs, reply: Reply, counters: Counters) -> None:
+    def __init__(
+        self, vfs: Vfs, reply: Reply, counters: Counters, again: Callable[[bytes], bool] = lambda frame: False
+    ) -> None:
+        """`again`: whether the gate answers a frame now."""
         self.vfs = vfs
+        self._again = again
         self._reply = reply
         self._counters = counters
         self._carriers: dict[int, _Carrier] = {
@@ -112,6 +120,7 @@ class Extra:
             WRITE: self._write,
             FSYNC: self._fsync,
             IOCTL: self._ioctl,
+            READDIRPLUS: self._readdirplus,
             FALLOCATE: self._fallocate,
             LSEEK: self._lseek,
             COPY_FILE_RANGE: self._copy_file_range,
@@ -133,6 +142,10 @@ class Extra:
         payload: Payload = b""
         error, started = 0, perf_counter_ns()
         try:
+            if opcode == READDIRPLUS:
+                await self.vfs.list_unasked(node)
+                if self._again(frame):
+                    return
             payload = await carrier(node, Caller(uid, gid, pid), frame[_IN_HEADER.size :])
         except OSError as failure:
             error = failure.errno or errno.EIO
@@ -174,6 +187,28 @@ class Extra:
                 writer=None if how & _WRITE_CACHE else caller,
             )
         return _WRITE_OUT.pack(written, 0)
+
+    async def _readdirplus(self, node: int, caller: Caller, body: bytes) -> bytes:
+        _, offset, size, *_ = _READ_IN.unpack_from(body)
+        listing = await self.vfs.list_unasked(node)
+        payload = b""
+        dots = ((b".", listing.node.id), (b"..", (listing.node.parent or listing.node).id))
+        for name, ino in dots[offset:]:
+            payload += _listed(name, ino, len(name), stat.S_IFDIR)
+        for at in range(bisect_right(listing.offsets, offset), len(listing.names)):
+            name, behind = listing.names[at], listing.offsets[at]
+            if len(payload) + len(_listed(name, 0, 0, 0)) > size:
+                break
+            try:
+                found = await self.vfs.lookup(node, name)
+            except OSError:
+                # It can be listed, but not looked up: whoever uses it gets the error.
+                kind = stat.S_IFDIR if self.vfs.is_directory(node, name) else stat.S_IFREG
+                payload += _listed(name, behind, behind, kind)
+                continue
+            if found is not None:
+                payload += _listed(name, found.ino, behind, found.st.st_mode, _entry_out(found))
+        return payload
 
     async def _fallocate(self, node: int, caller: Caller, body: bytes) -> bytes:
         handle, offset, length, mode, _ = _FALLOCATE_IN.unpack_from(body)
@@ -245,6 +280,12 @@ def _valid(attributes: Attributes) -> int:
     return 0 if attributes.fleeting else int(FOR_EVER)
 
 
+def _listed(name: bytes, ino: int, behind: int, mode: int, entry: bytes = b"") -> bytes:
+    """struct fuse_direntplus; without `entry` a name and a type alone. `behind`: the offset behind it."""
+    item = (entry or bytes(_ENTRY_OUT.size + _ATTR.size)) + _DIRENT.pack(ino, behind, len(name), mode >> 12)
+    return item + name + bytes(-len(name) % 8)
+
+
 def _entry_out(attributes: Attributes) -> bytes:
     """struct fuse_entry_out."""
     st = attributes.st
@@ -260,7 +301,7 @@ def _entry_out(attributes: Attributes) -> bytes:
         attributes.nlink,
         attributes.uid,
         attributes.gid,
-        0,  # devices come from MKNOD, which pyfuse3 carries
+        st.st_rdev & 0xFFFFFFFF,
         st.st_blksize,
         0,
     )

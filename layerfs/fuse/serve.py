@@ -116,7 +116,7 @@ async def _main(
         )
         if native is not None:
             native.on_let_go = operations.vfs.tree.let_go
-            extra = Extra(operations.vfs, native.reply, operations.counters)
+            extra = Extra(operations.vfs, native.reply, operations.counters, native.again)
             native.on_carry = lambda frame: nursery.start_soon(extra.handle, frame)
             native.carries(True)
             native.mind(_epoll())

@@ -426,20 +426,24 @@ static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *
 	struct listing *listing;
 	struct directory *directory;
 	size_t used = 0, room;
+	bool by_node;
+	enum verdict other;
 	uint64_t at;
 
 	if (size < sizeof(arg))
 		return PASSED;
 	memcpy(&arg, body, sizeof(arg));
-	listing = map_get(&gate->listings, arg.fh);
+	by_node = gate->opendirless && !arg.fh;
+	other = by_node ? CARRIED : PASSED;
+	listing = map_get(&gate->listings, by_node ? in->nodeid : arg.fh);
 	if (!listing || !(directory = facts_directory(&gate->facts, listing->directory)))
-		return PASSED;
+		return other;
 	/* It must be what is there now, or Python lists anew. */
-	if ((arg.offset == 0 && !listing->fresh) || listing->changes != directory->changes)
+	if (!by_node && ((arg.offset == 0 && !listing->fresh) || listing->changes != directory->changes))
 		return PASSED;
 	room = arg.size < LISTING_MAX ? arg.size : LISTING_MAX;
 	if (!make_room(gate, room))
-		return PASSED;
+		return other;
 	for (at = arg.offset; at < DOTS; at++) {
 		uint64_t ino = at == 0 ? listing->directory : listing->parent;
 
@@ -461,7 +465,7 @@ static enum verdict readdirplus(struct gate *gate, const struct fuse_in_header *
 		    !(known = facts_know(&gate->facts, directory, position))) {
 			if (used)
 				break;
-			return PASSED;
+			return other;
 		}
 		entry = entry_of(&st, known->id);
 		add(gate->reply, room, &used, directory->text + name->text, name->length, facts_offset(directory, position),
@@ -809,6 +813,10 @@ static enum verdict decide(struct gate *gate, struct fuse_in_header *in, char *b
 		return xattr(gate, in, body, size);
 	case FUSE_STATFS:
 		return statfs(gate, in);
+	case FUSE_OPENDIR:
+		return gate->opendirless ? reply(gate, in, ENOSYS, NULL, 0) : PASSED;
+	case FUSE_FSYNCDIR: /* nothing was written */
+		return gate->opendirless ? reply(gate, in, 0, NULL, 0) : PASSED;
 	case FUSE_READDIRPLUS:
 		return readdirplus(gate, in, body, size);
 	case FUSE_OPEN:

@@ -238,6 +238,7 @@ struct gate {
 	/* OPEN is answered by ENOSYS: from then on the kernel opens, flushes and releases without asking, and says which file it means by
 	 * the node id alone (fs/fuse/file.c fuse_file_open). */
 	bool openless;
+	bool opendirless; /* OPENDIR, too: listings are by node id, and never change */
 	uint32_t stack_depth; /* file systems that may lie on each other below this one; 0: no passthrough */
 	bool passes_lowers; /* nothing is ever written, so lower files are open in passthrough, too */
 	struct map ways;    /* node id -> struct way; with passthrough alone */

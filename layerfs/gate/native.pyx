@@ -31,6 +31,11 @@ cdef extern from "core.h":
     int OPCODES, BUCKETS
     int NAME_ASK, NAME_PLAIN, NAME_PLAIN_DIRECTORY, NAME_GONE
 
+    enum verdict:
+        ANSWERED
+        PASSED
+        CARRIED
+
     struct map:
         size_t used
 
@@ -86,6 +91,7 @@ cdef extern from "core.h":
         bint keeps_listings
         bint holds_writes
         bint openless
+        bint opendirless
         uint32_t stack_depth
         bint passes_lowers
         map backed
@@ -120,6 +126,8 @@ cdef extern from "core.h":
     bint gate_init(gate *, uint32_t, uint64_t) nogil
     void gate_free(gate *) nogil
     bint gate_lists_now(const gate *, uint64_t) nogil
+    void gate_unlist(gate *, uint64_t) nogil
+    verdict gate_answer(gate *, void *, size_t *) nogil
     bint gate_list(gate *, uint64_t, uint64_t, uint64_t, uint32_t *, uint32_t, bint) nogil
     told *gate_tell(gate *, uint64_t) nogil
     void gate_untell(gate *, uint64_t) nogil
@@ -210,6 +218,7 @@ cdef class NativeGate:
         _gate.xattrs = xattrs
         _gate.keeps_listings = read_only
         _gate.openless = openless
+        _gate.opendirless = openless and read_only
         _gate.let_go = _let_go
         _gate.carry = _carry
         _gate.extra_init_flags = CACHE_SYMLINKS | DONT_MASK | HANDLE_KILLPRIV_V2
@@ -256,6 +265,13 @@ cdef class NativeGate:
         cdef const unsigned char[:] view = payload
         cdef const void *data = &view[0] if len(payload) else NULL
         gate_reply(_gate.device, unique, error, data, len(payload))
+
+    def again(self, frame):
+        """Whether a frame that was carried is answered here by now."""
+        cdef bytearray copy = bytearray(frame)
+        cdef unsigned char *data = copy
+        cdef size_t size = len(copy)
+        return gate_answer(&_gate, data, &size) == ANSWERED
 
     # -- facts ------------------------------------------------------------------------------------
 
@@ -347,6 +363,8 @@ cdef class NativeGate:
         """Python has no such node any more."""
         map_take(&_gate.facts.claimed, id)
         gate_untell(&_gate, id)
+        if _gate.opendirless:
+            gate_unlist(&_gate, id)
         self._forget_directory(id)
 
     cdef _forget_directory(self, uint64_t id):

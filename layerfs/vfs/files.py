@@ -344,7 +344,7 @@ class Files:
         handle = DirectoryHandle(self._number(), node)
         self._directories[handle.id] = handle
         node.users += 1
-        await self._look(handle, fresh=True)
+        await self.look(handle, fresh=True)
         return handle
 
     def directory(self, id: int) -> DirectoryHandle:
@@ -354,9 +354,10 @@ class Files:
         return handle
 
     async def rewind(self, handle: DirectoryHandle) -> None:
-        await self._look(handle, fresh=False)
+        await self.look(handle, fresh=False)
 
-    async def _look(self, handle: DirectoryHandle, *, fresh: bool) -> None:
+    async def look(self, handle: DirectoryHandle, *, fresh: bool) -> None:
+        """Lists what is there now. Raises OSError."""
         node, gate = handle.node, self.tree.gate
         merged = await self.tree.load(node)
         above = node.parent if node.parent is not None else node

@@ -20,10 +20,13 @@ from layerfs.fdutil import OwnedFd
 from layerfs.ids import HandleId
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp
-from layerfs.vfs.files import Files, Handle
-from layerfs.vfs.node import File, Node
+from layerfs.vfs.files import DirectoryHandle, Files, Handle
+from layerfs.vfs.node import Directory, File, Node
 from layerfs.vfs.reopen import open_upper
 from layerfs.vfs.tree import Tree
+
+#: Directories whose order is remembered, for the sake of names that the gate has to ask for.
+_LISTINGS = 16
 
 
 class Unasked:
@@ -37,6 +40,7 @@ class Unasked:
         self._room = room
         #: those that Python was asked for longest ago come first
         self._kept: OrderedDict[int, Handle] = OrderedDict()
+        self._listings: OrderedDict[int, DirectoryHandle] = OrderedDict()
         tree.let_go_of_files = self._forget
 
     def writable(self, node: File) -> bool:
@@ -85,6 +89,19 @@ class Unasked:
         self._kept[node.id] = handle
         self.files.keep(handle, flags)
         return handle
+
+    async def listing(self, node: Directory) -> DirectoryHandle:
+        """What an open directory of a read-only mount lists. Raises OSError."""
+        known = self._listings.get(node.id)
+        if known is not None and known.node is node:
+            return known
+        with self.tree.in_use(node):
+            listing = DirectoryHandle(HandleId(node.id), node)
+            await self.files.look(listing, fresh=True)
+        while len(self._listings) >= _LISTINGS:
+            self._listings.popitem(last=False)
+        self._listings[node.id] = listing
+        return listing
 
     @contextmanager
     def using(self, handle: Handle) -> Iterator[int]:

@@ -230,6 +230,11 @@ class Vfs:
     def listing(self, handle: int) -> DirectoryHandle:
         return self.files.directory(handle)
 
+    async def list_unasked(self, id: int) -> DirectoryHandle:
+        """The names of a directory that was opened without asking, where names never change."""
+        assert self.unasked is not None
+        return await self.unasked.listing(self.tree.directory(id))
+
     def is_directory(self, parent: int, name: bytes) -> bool:
         """What a listing says of a name, whether it can be looked up or not."""
         merged = self.tree.directory(parent).merged

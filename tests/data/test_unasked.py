@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.posix.calls import listing
 from tests.posix.place import forked
 from tests.support import mounts
 from tests.support.mounts import Layerfs
@@ -197,6 +198,42 @@ def test_a_file_that_cannot_be_copied_up_stays_as_it_is(stack: Stack, tmp_path: 
     finally:
         mounts.umount(small)
         stack.upper = stack.work = None
+
+
+# -- directories of a mount that cannot be written ----------------------------------------------------------
+
+
+def test_listings_of_a_read_only_mount(make_stack: type[Stack]) -> None:
+    """Each name once, with its own number and type, in pieces of any size, as where Python lists alone."""
+    stack = make_stack(n_lowers=2)
+    top, below = stack.lowers
+    for number in range(700):
+        (below / f"file{number:03}-{'x' * (number % 60)}").touch()
+    for lower in stack.lowers:
+        (lower / "merged").mkdir()
+        (lower / "merged" / f"of-{lower.name}").touch()
+    os.link(below / "merged" / f"of-{below.name}", below / "hard")
+    (top / "link").symlink_to("nowhere")
+    os.mkfifo(top / "pipe")
+    (top / "twice").touch()
+    os.link(top / "twice", top / "again")
+    everything = sorted([*os.listdir(below), "link", "pipe", "twice", "again"])
+    shown = []
+    for data in ("data=cached", "data=python"):
+        with Layerfs(stack, ["ro", data]) as mount:
+            for size in (280, 4096, 1 << 20):
+                items = listing(mount.mnt, size)
+                assert sorted(os.fsdecode(item.name) for item in items) == sorted([".", "..", *everything])
+                for item in items:
+                    if item.name != b"..":
+                        st = os.lstat(os.fsencode(mount.mnt) + b"/" + item.name)
+                        assert (item.ino, item.kind) == (st.st_ino, stat.S_IFMT(st.st_mode) >> 12), item
+            for _ in range(2):
+                assert sorted(os.listdir(mount.mnt)) == everything
+                merged = sorted(os.listdir(mount.mnt / "merged"))
+                assert merged == sorted(f"of-{lower.name}" for lower in stack.lowers)
+            shown.append({item.name: item.ino for item in items if item.name != b".."})
+    assert shown[0] == shown[1]
 
 
 # -- few descriptors ----------------------------------------------------------------------------------------

@@ -385,6 +385,9 @@ static void command(void)
 	case 'u': /* u8: whether files are opened without asking */
 		gate.openless = number(1);
 		break;
+	case 'd': /* u8: whether directories are */
+		gate.opendirless = number(1);
+		break;
 	case 'W': /* u8: whether writes are held */
 		gate.holds_writes = number(1);
 		break;

@@ -145,8 +145,9 @@ class Driver:
     def take_back(self, handle: int) -> None:
         self._do(b"Y", struct.pack("<Q", handle))
 
-    def opens_without_asking(self) -> None:
+    def opens_without_asking(self, *, directories: bool) -> None:
         self._do(b"u", b"\1")
+        self._do(b"d", bytes([directories]))
 
     def hold_writes(self, held: bool) -> None:
         self._do(b"W", bytes([held]))

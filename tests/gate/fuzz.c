@@ -99,6 +99,8 @@ static void begin(uint8_t options)
 	gate.xattrs = options & 1;
 	gate.carries = options & 2;
 	gate.statfs = options & 4 ? layer : -1;
+	gate.openless = options & 8;
+	gate.opendirless = gate.openless && options & 16;
 	gate.extra_init_flags = UINT64_C(0x5555555555555555);
 	gate.let_go = let_go;
 	gate.carry = carry;
@@ -208,10 +210,10 @@ static void change(uint8_t what, uint8_t which)
 
 	switch (what % 9) {
 	case 0:
-		facts_adopt(&gate.facts, directory, (uint32_t)position);
+		gate_adopt(&gate, directory, (uint32_t)position);
 		break;
 	case 1:
-		facts_adopt(&gate.facts, directory, (uint32_t)position);
+		gate_adopt(&gate, directory, (uint32_t)position);
 		facts_retract(&gate.facts, directory, name, strlen(name));
 		break;
 	case 2:

@@ -29,12 +29,13 @@ class Pair:
         carries: bool = False,
         statfs: str | None = "/proc",
         openless: bool = False,
+        opendirless: bool = False,
     ) -> None:
         self.core = Driver(program, descriptors=descriptors, xattrs=xattrs, carries=carries, statfs=statfs)
         self.twin = Twin(descriptors=descriptors, xattrs=xattrs, carries=carries, statfs=statfs)
         if openless:
-            self.core.opens_without_asking()
-            self.twin.openless = True
+            self.core.opens_without_asking(directories=opendirless)
+            self.twin.openless, self.twin.opendirless = True, opendirless
         self.layers = [base / f"layer{number}" for number in range(layers)]
         for layer in self.layers:
             layer.mkdir()

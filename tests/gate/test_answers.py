@@ -654,6 +654,21 @@ def test_as_many_nodes_are_kept_open_as_descriptors_are_given(make_pair: Callabl
     assert pair.core.counts().open == 0
 
 
+def test_directories_of_a_read_only_mount_are_opened_without_asking(make_pair: Callable[..., Pair]) -> None:
+    pair = lay_out(make_pair(openless=True, opendirless=True, carries=True))
+    opendir = f.frame(f.OPENDIR, ROOT, f.OPEN_IN.pack(0, 0))
+    assert error(pair.feed(opendir)) == errno.ENOSYS
+    assert payload(pair.feed(f.frame(f.FSYNCDIR, ROOT, f.OPEN_IN.pack(0, 0)))) == b""
+    assert carried(pair.feed(f.readdirplus(ROOT, 0, 0)))  # Python lists it
+    pair.list_names(ROOT, ROOT, [b"file", b"link"])
+    for _ in range(2):  # names never change
+        listed = payload(pair.feed(f.readdirplus(ROOT, 0, 0)))
+        assert f.names_of(listed) == [b".", b"..", b"file", b"link"]
+    pair.adopt(ROOT, b"file")
+    assert carried(pair.feed(f.readdirplus(ROOT, 0, 2)))
+    assert f.names_of(payload(pair.feed(f.readdirplus(ROOT, 0, pair.offset(b"file"))))) == [b"link"]
+
+
 def test_what_was_created_before_the_first_open_is_released(unasked: Pair) -> None:
     assert payload(unasked.feed(f.release(77, 0))) == b""
     assert passed(unasked.feed(f.release(77, 0, f.RELEASEDIR)))

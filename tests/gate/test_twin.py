@@ -83,6 +83,7 @@ class Program(RuleBasedStateMachine):
             carries=carries,
             statfs="/proc" if statfs else None,
             openless=openless,
+            opendirless=openless and xattrs,
         )
         lay_out(self.pair.layers[0])
         (self.base / "backing").touch()
@@ -269,6 +270,18 @@ class Program(RuleBasedStateMachine):
     )
     def readdirplus(self, handle: int, offset: int, of: int, size: int) -> None:
         self.feed(f.readdirplus(ROOT, handle, abs(of + offset), size))
+
+    @rule(id=DIRECTORIES, offset=st.integers(0, 14), of=st.sampled_from([0, 1 << 29, 1 << 30]), size=SIZES)
+    def readdirplus_of_a_node(self, id: int, offset: int, of: int, size: int) -> None:
+        self.feed(f.readdirplus(id, 0, of + offset, size))
+
+    @rule(id=DIRECTORIES, order=st.randoms(use_true_random=False))
+    def list_node(self, id: int, order: random.Random) -> None:
+        """As Python does where directories are opened without asking."""
+        if id in self.pair.twin.directories and self.pair.twin.opendirless:
+            names = list(self.pair.twin.directories[id].names)
+            order.shuffle(names)
+            self.pair.list_names(id, id, names[: order.randrange(len(names) + 1)])
 
     @rule(handle=st.sampled_from([*HANDLES, 0, 7]))
     def releasedir(self, handle: int) -> None:

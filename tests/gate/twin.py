@@ -140,6 +140,8 @@ class Twin:
         #: files are opened without asking; of those that were read, a descriptor for each node (the core has
         #: room for so many only, and opens again)
         self.openless = False
+        #: directories, too; then listings are by node id
+        self.opendirless = False
         self.kept: dict[int, int] = {}
         #: INIT's flags: what the kernel offered, what is asked for beside libfuse's
         self.offered, self.wanted = 0, 0
@@ -413,6 +415,8 @@ class Twin:
             f.GETXATTR: self._getxattr,
             f.LISTXATTR: self._listxattr,
             f.STATFS: self._statfs,
+            f.OPENDIR: self._opendir,
+            f.FSYNCDIR: self._fsyncdir,
             f.READDIRPLUS: self._readdirplus,
             f.OPEN: self._open,
             f.READ: self._read,
@@ -528,13 +532,26 @@ class Twin:
 
     # -- listing ----------------------------------------------------------------------------------
 
+    def _opendir(self, node: int, body: bytes, answer: Answer) -> bytes:
+        if not self.opendirless:
+            raise _Ask
+        raise OSError(errno.ENOSYS, "")
+
+    def _fsyncdir(self, node: int, body: bytes, answer: Answer) -> bytes:
+        if not self.opendirless:
+            raise _Ask
+        return b""
+
     def _readdirplus(self, node: int, body: bytes, answer: Answer) -> bytes:
         handle, offset, size, *_ = f.READ_IN.unpack_from(body)
-        listing = self.listings.get(handle)
+        by_node = self.opendirless and not handle
+        other = _Carry if by_node else _Ask
+        listing = self.listings.get(node if by_node else handle)
         directory = self.directories.get(listing.directory) if listing else None
         if listing is None or directory is None:
-            raise _Ask
-        if (offset == 0 and not listing.fresh) or listing.changes != directory.changes:
+            raise other
+        changed = listing.changes != directory.changes
+        if not by_node and ((offset == 0 and not listing.fresh) or changed):
             raise _Ask  # Python looks again
         room = min(size, LISTING_MAX)
         payload, told = b"", []
@@ -557,7 +574,7 @@ class Twin:
                 found = self._know(directory, name)
             except _Ask:
                 if not payload:
-                    raise
+                    raise other from None
                 break
             self.known[found].lookups += 1
             told.append(found)
