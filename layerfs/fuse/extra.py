@@ -176,15 +176,17 @@ class Extra:
     async def _write(self, node: int, caller: Caller, body: bytes) -> bytes:
         handle, offset, size, how, _, flags, _ = _WRITE_IN.unpack_from(body)
         data = memoryview(body)[_WRITE_IN.size : _WRITE_IN.size + size]
+        # Write-back is on nobody's behalf, whoever dirtied the page last.
+        known = not how & _WRITE_CACHE
+        caller = Caller(caller.uid, caller.gid, caller.pid if known else 0, patient=True)
         async with self._file(node, handle, caller, writes=True) as handle:
             written = await self.vfs.write(
                 handle,
                 offset,
                 data,
                 keeps_setid=not how & _WRITE_KILL_SUIDGID,
-                sync=flags & os.O_SYNC,
-                # Write-back is on nobody's behalf.
-                writer=None if how & _WRITE_CACHE else caller,
+                flags=flags,
+                writer=Caller(caller.uid, caller.gid, caller.pid) if known else None,
             )
         return _WRITE_OUT.pack(written, 0)
 

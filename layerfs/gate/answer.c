@@ -654,6 +654,16 @@ static enum verdict pass_write(const struct gate *gate, struct fuse_write_in *ar
 	return PASSED;
 }
 
+/* Nobody but the kernel that has HANDLE_KILLPRIV_V2 says when setuid has to go: it always does. */
+static enum verdict carry_write(const struct gate *gate, struct fuse_write_in *arg, char *body)
+{
+	if (!(gate->init_flags & gate->extra_init_flags & FUSE_HANDLE_KILLPRIV_V2)) {
+		arg->write_flags |= FUSE_WRITE_KILL_SUIDGID;
+		memcpy(body, arg, sizeof(*arg));
+	}
+	return CARRIED;
+}
+
 /* What goes into the page cache at once; larger ones, and whatever does not go through smoothly, are Python's, which has
  * threads for them and remembers what an fsync has to tell. */
 static enum verdict write_file(struct gate *gate, const struct fuse_in_header *in, char *body, size_t size)
@@ -672,7 +682,7 @@ static enum verdict write_file(struct gate *gate, const struct fuse_in_header *i
 	lent = gate->holds_writes || synced ? NULL : map_get(&gate->lent, openless ? in->nodeid : arg.fh);
 	if (!lent || !lent->writes || arg.size > WRITE_MAX || size - sizeof(arg) < arg.size ||
 	    pwrite(lent->fd, body + sizeof(arg), arg.size, (off_t)arg.offset) != (ssize_t)arg.size)
-		return openless ? CARRIED : pass_write(gate, &arg, body);
+		return openless ? carry_write(gate, &arg, body) : pass_write(gate, &arg, body);
 	lent->used = true;
 	gate->bytes_written += arg.size;
 	out.size = arg.size;

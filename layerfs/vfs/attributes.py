@@ -154,6 +154,8 @@ class Attributes:
             await self.copyup.data(node, caller)
         self.tree.changed(node)
         inode_flags.set_flags(self.tree, node, command, value)
+        for handle in (node.handles or ()) if isinstance(node, File) else ():
+            handle.lend(self.tree.gate, writes=False)
 
     # -- xattrs -----------------------------------------------------------------------------------
 

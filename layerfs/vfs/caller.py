@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 
 from layerfs.fdutil import proc_path
@@ -18,6 +19,7 @@ _WRITES = {
 
 #: Bit of CAP_FSETID in the masks of /proc/PID/status (linux/capability.h).
 _CAP_FSETID = 1 << 4
+_SIGKILL = 1 << signal.SIGKILL - 1
 #: What /proc/PID/ns/user says of the first user namespace (linux/nsfs.h USER_NS_INIT_INO).
 _FIRST_USER_NAMESPACE = b"user:[4026531837]"
 
@@ -26,12 +28,14 @@ _FIRST_USER_NAMESPACE = b"user:[4026531837]"
 class Caller:
     """`pid` is the calling thread as the daemon's pid namespace sees it; 0 when it sees it not at all.
 
-    `umask` is what is still to be taken off the mode of something new: 0 where the kernel did it."""
+    `umask` is what is still to be taken off the mode of something new: 0 where the kernel did it. `patient`:
+    only what kills it ends its waiting, as in write(2) to a file of a disk."""
 
     uid: int
     gid: int
     pid: int
     umask: int = 0
+    patient: bool = False
 
     def keeps_setid(self) -> bool:
         """Whether setuid and setgid stay when the caller writes to a file: CAP_FSETID in the first user
@@ -87,6 +91,9 @@ class Caller:
         except OSError:
             return False
         pending = masks.get(b"SigPnd", 0) | masks.get(b"ShdPnd", 0)
+        if self.patient:
+            # What ends a process is made SIGKILL for each of its threads (kernel/signal.c complete_signal).
+            return bool(pending & _SIGKILL)
         return bool(pending & ~masks.get(b"SigBlk", 0) & ~masks.get(b"SigIgn", 0))
 
     def interrupted_write(self, ino: int) -> bool:

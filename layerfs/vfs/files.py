@@ -13,7 +13,7 @@ from layerfs.fdutil import OwnedFd, copy_range, fallocate
 from layerfs.gate import Gate
 from layerfs.ids import HandleId
 from layerfs.upper.upper import Upper
-from layerfs.vfs import setid
+from layerfs.vfs import inode_flags, setid
 from layerfs.vfs.caller import Caller
 from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.node import Directory, File
@@ -188,7 +188,7 @@ class Files:
         Not write: what a WRITE changes beside the data is done here (setuid; a ctime that was kept from
         before the copy-up), and O_SYNC takes a disk's time."""
         node = handle.node
-        writes = handle.writable and not handle.sync and not node.privileged
+        writes = handle.writable and not (handle.sync or node.privileged or node.guarded)
         handle.lend(self.tree.gate, writes=writes and node.real not in self.tree.shown_ctimes)
 
     def release(self, id: int) -> None:
@@ -243,20 +243,28 @@ class Files:
         return memoryview(buffer)[:count]
 
     async def write(
-        self, id: int, offset: int, data: bytes | memoryview, *, keeps_setid: bool = False, sync: int = 0
+        self,
+        id: int,
+        offset: int,
+        data: bytes | memoryview,
+        *,
+        keeps_setid: bool = False,
+        flags: int | None = None,
     ) -> int:
         """Bytes written: fewer only where an error stopped it after some were. `keeps_setid`: the writer is
-        known to have CAP_FSETID. `sync`: O_SYNC or O_DSYNC where the handle itself is open without. Raises
-        OSError."""
+        known to have CAP_FSETID. `flags`: those of open(2), where the handle stands for all that have the
+        file open. Raises OSError."""
         handle = self.handle(id)
         node, fd = handle.node, handle.fd
+        if flags is not None:
+            _check_guards(node, flags)
         if node.job is not None:
             fd = await self._settled(handle, Caller(0, 0, 0))
         if node.privileged and not keeps_setid:
             self._clear_setid(node, fd, handle.opener, may_keep=False)
         self.tree.changed(node)
         self.lend(handle)
-        how = _RWF[sync & self._kept & _SYNC]
+        how = _RWF[(flags or 0) & self._kept & _SYNC]
         write = partial(_write_all, fd.fd, data, offset, how)
         if len(data) <= _INLINE_WRITE and not (handle.sync or how):
             written, failure = write()
@@ -302,11 +310,10 @@ class Files:
         del fd
 
     async def copy(
-        self, id: int, offset: int, target: int, target_offset: int, length: int, caller: Caller
+        self, source: OwnedFd, offset: int, target: int, target_offset: int, length: int, caller: Caller
     ) -> int:
         """copy_file_range(2) to the handle `target`: the number of bytes copied, which may be fewer than
         asked for. Raises OSError: EXDEV when the two files lie on different file systems."""
-        source = self.handle(id).fd
         fd = await self._to_change(target, caller)
         work = partial(copy_range, source.fd, offset, fd.fd, target_offset, length)
         copied: int = await trio.to_thread.run_sync(work, limiter=self._io)
@@ -379,6 +386,14 @@ class Files:
         fd = OwnedFd(os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=above.fd))
         await trio.to_thread.run_sync(os.fsync, fd.fd, limiter=self._syncs)
         del fd
+
+
+def _check_guards(node: File, flags: int) -> None:
+    """The upper's file system would refuse an open with `flags`, which nobody made. Raises OSError."""
+    if node.guarded & inode_flags.IMMUTABLE or (
+        node.guarded & inode_flags.APPEND and not flags & os.O_APPEND
+    ):
+        fail(errno.EPERM)
 
 
 def _read_all(fd: int, view: memoryview, offset: int) -> int:

@@ -16,7 +16,9 @@ are open become no more; then each of these is closed by its fsync; then everyth
 The order matters. A change that waits here keeps locks in the kernel: of its directory, and of the object
 that it changes or removes. An fsync would wait for these, and the change for whoever makes the fsync. What
 opens a file has the lock of a directory at most, so that is all that may be held while somebody makes an
-fsync. For the same reason listing a directory waits where a change in it is held.
+fsync. For the same reason listing a directory waits where a change in it is held. Of a file that is opened
+without asking the first WRITE counts as an open (`vfs.unasked`), and it has the inode's lock: it is not held
+while an fsync of that very file is expected.
 
 Writes that the kernel makes itself (`vfs.passthrough`) do not come here. It makes them under the inode's lock
 too (fuse_passthrough_write_iter), so there the fsync that closes the file is not answered before it is given
@@ -158,7 +160,8 @@ class Hold:
         """Before a change to `node`, or below it; `opens`: it opens a file for writing. Raises OSError(EINTR)
         when the caller was interrupted while it was held. `end` must follow."""
         while not self._over and any(
-            each.changes or (opens and each.opens) or node in each.closed for each in self._sessions
+            each.changes or (opens and each.opens and node not in each.expected) or node in each.closed
+            for each in self._sessions
         ):
             await self._wait(caller.interrupted)
         self.changing[node] += 1

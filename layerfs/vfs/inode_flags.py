@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import sys
 from typing import Final
 
 from layerfs.fdutil import OwnedFd
@@ -26,6 +27,11 @@ _FS_IOC_FSSETXATTR: Final = 0x401C5820
 #: Command -> bytes of its argument: an unsigned int, whatever its number says, or a struct fsxattr.
 ASKS: Final = {_FS_IOC_GETFLAGS: 4, _FS_IOC_FSGETXATTR: 28}
 SETS: Final = {_FS_IOC_SETFLAGS: 4, _FS_IOC_FSSETXATTR: 28}
+
+
+#: FS_IMMUTABLE_FL and FS_APPEND_FL.
+IMMUTABLE: Final = 0x10
+APPEND: Final = 0x20
 
 
 def get_flags(tree: Tree, node: Node, command: int) -> bytes:
@@ -43,6 +49,10 @@ def set_flags(tree: Tree, node: Node, command: int, value: bytes) -> None:
         fail(errno.EINVAL)
     opened = _open(tree, node)
     fcntl.ioctl(opened.fd, command, value)
+    if isinstance(node, File):
+        now = bytearray(ASKS[_FS_IOC_GETFLAGS])
+        fcntl.ioctl(opened.fd, _FS_IOC_GETFLAGS, now)
+        node.guarded = int.from_bytes(now, sys.byteorder) & (IMMUTABLE | APPEND)
 
 
 def _open(tree: Tree, node: Node) -> OwnedFd:

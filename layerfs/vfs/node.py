@@ -105,6 +105,7 @@ class File(Node):
         "bypassed",
         "failure",
         "fleeting",
+        "guarded",
         "handles",
         "is_regular",
         "job",
@@ -130,3 +131,5 @@ class File(Node):
         self.bypassed = False
         #: its attributes may change and nobody tells: the kernel is not to keep them
         self.fleeting = False
+        #: inode flags that forbid writing (`inode_flags.IMMUTABLE`, `APPEND`), if set through this mount
+        self.guarded = 0

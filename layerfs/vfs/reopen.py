@@ -25,7 +25,9 @@ def open_upper(tree: Tree, node: File, flags: int) -> OwnedFd:
         return tree.open_real(fd, name, flags)
     except PermissionError:
         target = tree.object_path(fd, name)
-        if os.fstat(target.fd).st_uid != os.geteuid():
+        st = os.fstat(target.fd)
+        # A setgid bit of a group that is not ours would not survive it.
+        if st.st_uid != os.geteuid() or st.st_mode & stat.S_ISGID:
             raise
     return _as_owner(tree, node, target, flags)
 

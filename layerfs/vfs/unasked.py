@@ -11,6 +11,7 @@ A descriptor that was closed for want of room is opened again; see `vfs.reopen` 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from layerfs.vfs.copyup import CopyUp
 from layerfs.vfs.files import DirectoryHandle, Files, Handle
 from layerfs.vfs.node import Directory, File, Node
 from layerfs.vfs.reopen import open_upper
-from layerfs.vfs.tree import Tree
+from layerfs.vfs.tree import Tree, fail
 
 #: Directories whose order is remembered, for the sake of names that the gate has to ask for.
 _LISTINGS = 16
@@ -59,7 +60,7 @@ class Unasked:
         try:
             return self.files.open_kindly(*self.tree.data_location(node), os.O_RDONLY)
         except PermissionError:
-            if not node.in_upper or self.tree.is_metacopy(node):
+            if self.tree.upper is None or not node.in_upper or self.tree.is_metacopy(node):
                 raise
             return open_upper(self.tree, node, os.O_RDONLY)
 
@@ -70,7 +71,7 @@ class Unasked:
             handle.opener = caller
             return handle
         if self.copyup is None:
-            raise AssertionError("the kernel does not write to a read-only mount")
+            fail(errno.EROFS)  # remounted: the kernel asks nobody
         await self.copyup.data(node, caller)
         handle = self._kept.get(node.id)  # somebody may have been faster
         if handle is None:

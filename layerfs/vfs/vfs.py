@@ -384,17 +384,22 @@ class Vfs:
         assert self.unasked is not None
         node = self.tree.file(id)
         if writes and not self.unasked.writable(node):
-            return await self._attend_first_write(id, caller)
+            # As an open for writing: whoever holds changes may not have to wait for this file. But not where
+            # the kernel writes back: it sends so many of these at a time only.
+            if caller.pid:
+                return await self._attend_first_write(id, caller)
+            return await self._attend_write_back(id, caller)
         with self.tree.in_use(node):
             return await (self.unasked.writing if writes else self.unasked.reading)(node, caller)
 
-    @_changes(opens=True)
-    async def _attend_first_write(self, id: int, caller: Caller) -> Handle:
-        # As an open for writing: whoever holds changes may not have to wait for this file.
+    async def _attend(self, id: int, caller: Caller) -> Handle:
         assert self.unasked is not None
         node = self.tree.file(id)
         with self.tree.in_use(node):
             return await self.unasked.writing(node, caller)
+
+    _attend_first_write = _changes(opens=True)(_attend)
+    _attend_write_back = _changes()(_attend)
 
     async def write(
         self,
@@ -403,7 +408,7 @@ class Vfs:
         data: bytes | memoryview,
         *,
         keeps_setid: bool = False,
-        sync: int = 0,
+        flags: int | None = None,
         writer: Caller | None = None,
     ) -> int:
         """`writer`: who writes, where that is known; else who opened the file is asked whether he was
@@ -412,7 +417,7 @@ class Vfs:
         node = opened.node.id
         await self.hold.begin_write(node, writer or opened.opener, known=writer is not None)
         try:
-            return await self.files.write(handle, offset, data, keeps_setid=keeps_setid, sync=sync)
+            return await self.files.write(handle, offset, data, keeps_setid=keeps_setid, flags=flags)
         finally:
             self.hold.end_write(node)
 
@@ -428,9 +433,10 @@ class Vfs:
         self, handle: int, offset: int, target: int, target_offset: int, length: int, caller: Caller
     ) -> int:
         node = self.files.handle(target).node.id
+        source = self.files.handle(handle).fd
         await self.hold.begin_write(node, caller, known=True)
         try:
-            return await self.files.copy(handle, offset, target, target_offset, length, caller)
+            return await self.files.copy(source, offset, target, target_offset, length, caller)
         finally:
             self.hold.end_write(node)
 

@@ -251,6 +251,7 @@ class Store:
     def close(self) -> list[str]:
         """Removes all of it; what had to be removed by force, in words."""
         wrong = []
+        eventually(lambda: not self.processes())  # one that ends may take a moment
         for pid in self.processes():
             wrong.append(f"process left: {mounts._describe(pid)}")
             try:

@@ -3,6 +3,7 @@ the same, for root and for an ordinary user, with few descriptors."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -11,10 +12,13 @@ import resource
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from layerfs.control import client
+from layerfs.control.client import Connection
 from tests.posix.calls import listing
 from tests.posix.place import forked
 from tests.support import mounts
@@ -93,6 +97,30 @@ def test_append(mounted: Layerfs) -> None:
     assert (mounted.mnt / "other").read_bytes() == b"other0123456789"
     for fd in fds:
         os.close(fd)
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("flag", ["a", "i"])
+def test_flags_that_forbid_writing(mounted: Layerfs, flag: str) -> None:
+    """chattr +a and +i of a file whose descriptor the daemon has kept."""
+    path = mounted.mnt / "new"
+    path.write_bytes(b"one")
+    try:
+        subprocess.run(["chattr", f"+{flag}", path], check=True)
+        for how in (os.O_WRONLY, os.O_WRONLY | os.O_APPEND):
+            fd = os.open(path, how)
+            if flag == "a" and how & os.O_APPEND:
+                assert os.write(fd, b"+two") == 4
+            else:
+                with pytest.raises(PermissionError):
+                    os.write(fd, b"OVER")
+            os.close(fd)
+    finally:
+        subprocess.run(["chattr", f"-{flag}", path], check=True)
+    assert path.read_bytes() == (b"one+two" if flag == "a" else b"one")
+    with open(path, "r+b") as file:
+        file.write(b"ONE")
+    assert path.read_bytes()[:3] == b"ONE"
 
 
 # -- what a mapping does --------------------------------------------------------------------------------
@@ -349,8 +377,51 @@ def test_what_was_closed_for_want_of_room_is_synced(make_stack: type[Stack]) -> 
         fd = os.open(mount.mnt / "f0", os.O_RDWR)
         os.write(fd, b"x" * 100_000)
         for number in range(1, MANY):
-            assert (mount.mnt / f"f{number}").read_text() == f"text of {number}"
+            # In the upper, where Python keeps the descriptors.
+            with open(mount.mnt / f"f{number}", "ab") as file:
+                file.write(b"!")
         os.fsync(fd)
         os.close(fd)
         mount.kill()
     assert (upper_of(mount) / "f0").read_bytes() == b"x" * 100_000
+
+
+def test_a_file_that_a_pause_waits_for_can_be_written_back(
+    make_stack: type[Stack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptor was closed for want of room after the daemon had told of it: its next WRITE counts as an
+    open for writing, and those are held. The fsync that is to close it waits for that WRITE."""
+    monkeypatch.setattr(client, "_PATIENCE", 5.0)
+    stack = make_stack()
+    assert stack.upper is not None
+    for number in range(FEW):
+        (stack.upper / f"f{number}").write_text(f"text of {number}")
+    mount = Layerfs(stack, "data=cached")
+    mount.command = limited(mount.command())  # type: ignore[method-assign]
+    with mount:
+        fd = os.open(mount.mnt / "f0", os.O_RDWR)
+        with mmap.mmap(fd, 0) as pages, closing(Connection(str(mount.mnt), str(stack.work))) as connection:
+            pages[:4] = b"once"
+            pages.flush()
+            (node,) = connection.ask("pause")["nodes"]
+            for number in range(1, FEW):
+                (mount.mnt / f"f{number}").read_text()
+            pages[:4] = b"more"
+            assert connection._fsync(b"f0", node)
+            assert (stack.upper / "f0").read_text() == "more of 0"
+        os.close(fd)
+
+
+def test_a_read_only_mount_that_is_made_writable_is_not(make_stack: type[Stack]) -> None:
+    """The kernel does not ask us when it remounts, nor when it opens."""
+    stack = make_stack()
+    (stack.lowers[0] / "lower").write_bytes(b"lower")
+    with Layerfs(stack, ["ro", "data=cached"]) as mount:
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mount(None, os.fsencode(mount.mnt), None, 32, None) == 0, "MS_REMOUNT"
+        fd = os.open(mount.mnt / "lower", os.O_RDWR)
+        with pytest.raises(OSError) as caught:
+            os.write(fd, b"UPPER")
+        assert caught.value.errno == errno.EROFS
+        os.close(fd)
+        assert (mount.mnt / "lower").read_bytes() == b"lower"

@@ -677,6 +677,9 @@ class Twin:
             except OSError:
                 pass  # Python finds out, and remembers
         if openless:
+            if not self.offered & self.wanted & f.HANDLE_KILLPRIV_V2:
+                kills = struct.pack("<I", flags | f.WRITE_KILL_SUIDGID)
+                answer.frame = answer.frame[: f.IN_HEADER.size] + body[:20] + kills + body[24:]
             raise _Carry
         if self.offered & self.wanted & f.HANDLE_KILLPRIV_V2 and not flags & f.WRITE_KILL_SUIDGID:
             marked = struct.pack("<Q", handle | KEEPS_SETID)
