@@ -12,7 +12,6 @@
 #include <linux/fuse.h>
 #include <poll.h>
 #include <sched.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -181,20 +180,8 @@ static bool change_opened(const struct gate *gate, const struct iovec *payload, 
 	return id != NULL;
 }
 
-/* After Python's last answer: whoever got it mostly asks on. The event loop would go to sleep in between, and waking up the
- * processor costs more than the answer did. */
-static void look_for_next(const struct gate *gate, int device)
-{
-	struct pollfd ready[2] = {{.fd = device, .events = POLLIN}, {.fd = gate->loop, .events = POLLIN}};
-
-	uint64_t began = now_ns();
-
-	while (!gate->asked.used && gate->loop >= 0 && !poll(ready, 2, 0) && now_ns() - began < LOOKING)
-		sched_yield();
-}
-
 /* gate/PROTOCOL.md has the table of what is rewritten. */
-static ssize_t write_reply(int device, struct iovec *parts, int count)
+static ssize_t send_reply(int device, struct iovec *parts, int count, void *data)
 {
 	struct fuse_out_header header;
 	struct iovec changed[3];
@@ -202,6 +189,7 @@ static ssize_t write_reply(int device, struct iovec *parts, int count)
 	struct fuse_init_out init;
 	uint32_t opcode = 0;
 
+	(void)data;
 	if (count >= 1 && parts[0].iov_len == sizeof(header)) {
 		memcpy(&header, parts[0].iov_base, sizeof(header));
 		if (header.unique) /* notifications have none */
@@ -232,16 +220,6 @@ static ssize_t write_reply(int device, struct iovec *parts, int count)
 		count = 3;
 	}
 	return writev(device, changed, count);
-}
-
-static ssize_t send_reply(int device, struct iovec *parts, int count, void *data)
-{
-	ssize_t sent = write_reply(device, parts, count);
-
-	(void)data;
-	if (sent >= 0 && !getenv("NOLOOK"))
-		look_for_next(armed, device);
-	return sent;
 }
 
 static int take_over(struct fuse_session *session)
