@@ -44,7 +44,7 @@ def counts(mount: Layerfs) -> dict[tuple[str, str], int]:
 
 
 def undisturbed(once: Callable[[], dict[tuple[str, str], int]]) -> dict[tuple[str, str], int]:
-    """What `once` counts while nobody on the machine drops the kernel's caches."""
+    """What `once` counts while the kernel's caches on this machine are neither dropped nor reclaimed."""
     for _ in range(40):
         before = _drops()
         found = once()
@@ -56,7 +56,7 @@ def undisturbed(once: Callable[[], dict[tuple[str, str], int]]) -> dict[tuple[st
 
 def _drops() -> list[str]:
     with open("/proc/vmstat") as file:
-        return [line for line in file if line.startswith("drop_")]
+        return [line for line in file if line.startswith(("drop_", "pgsteal_", "slabs_scanned"))]
 
 
 def caused(mount: Layerfs, work: Callable[[], object]) -> dict[tuple[str, str], int]:
