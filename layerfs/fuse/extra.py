@@ -178,15 +178,15 @@ class Extra:
         data = memoryview(body)[_WRITE_IN.size : _WRITE_IN.size + size]
         # Write-back is on nobody's behalf, whoever dirtied the page last.
         known = not how & _WRITE_CACHE
-        caller = Caller(caller.uid, caller.gid, caller.pid if known else 0, patient=True)
-        async with self._file(node, handle, caller, writes=True) as handle:
+        waiter = Caller(caller.uid, caller.gid, caller.pid if known else 0, patient=True)
+        async with self._file(node, handle, waiter, writes=True) as handle:
             written = await self.vfs.write(
                 handle,
                 offset,
                 data,
                 keeps_setid=not how & _WRITE_KILL_SUIDGID,
                 flags=flags,
-                writer=Caller(caller.uid, caller.gid, caller.pid) if known else None,
+                writer=caller if known else None,
             )
         return _WRITE_OUT.pack(written, 0)
 

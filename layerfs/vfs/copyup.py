@@ -98,8 +98,9 @@ class CopyUp:
         not). Raises OSError."""
         if node.names:
             return None
+        most = self.tree.most_pins
         try:
-            if isinstance(node, Directory) or self.tree.pins < self.tree.most_pins:
+            if isinstance(node, Directory) or most is None or self.tree.pins < most:
                 return self.upper.open_path(parent.fd, name)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE) or isinstance(node, Directory):

@@ -85,14 +85,7 @@ class Names:
         return True
 
     def gone(
-        self,
-        parent: Directory,
-        name: bytes,
-        entry: Entry,
-        node: Node,
-        pin: Pin | None,
-        *,
-        hidden: bool,
+        self, parent: Directory, name: bytes, entry: Entry, node: Node, pin: Pin | None, *, hidden: bool
     ) -> None:
         """Notes that an object lost a name; `hidden`: a whiteout stands there now."""
         entry.node = None

@@ -90,7 +90,7 @@ class Tree:
         owners: Owners | None = None,
         gate: Gate | None = None,
         *,
-        most_pins: int = 1 << 20,
+        most_pins: int | None = None,
     ) -> None:
         self.stack = stack
         #: None: owners are shown as they are stored
@@ -109,7 +109,7 @@ class Tree:
         self.let_go_of_files: Callable[[Node], None] = lambda node: None
         #: directories whose attributes changed since `tell_changed`
         self._changed: set[Directory] = set()
-        #: how many nodes are kept reachable by a descriptor (`Node.pin`), and how many may be
+        #: how many nodes are kept reachable by a descriptor (`Node.pin`), and how many may be (None: all)
         self.pins = 0
         self.most_pins = most_pins
         #: raised when a directory moves (see `links`)

@@ -106,8 +106,7 @@ class Vfs:
         self.stack = stack
         self._xattrs = xattrs
         self.upper = upper
-        pins = {"most_pins": unasked} if unasked else {}
-        self.tree = Tree(stack, upper, owners, gate, **pins)
+        self.tree = Tree(stack, upper, owners, gate, most_pins=unasked or None)
         links = LinkIndex(self.tree, upper_was_empty=_is_empty(stack))
         self.tree.links = links
         self.tally = Tally()
