@@ -34,7 +34,11 @@ _HIDDEN = (
 
 @pytest.fixture(scope="package", autouse=True)
 def machine_out_of_reach() -> Iterator[None]:
-    """The machine's own stores and configuration are covered by empty directories while these tests run."""
+    """The machine's own stores and configuration are covered by empty directories while these tests run, and
+    mounts are shared, as on a real host: podman runs the cleanup of a container with ids of its own in a copy
+    of the mount namespace and counts on its unmounts reaching ours. Where they do not, `userdata/shm` stays
+    mounted, and one `podman rm` in some thirty fails with EBUSY, with any storage driver.
+    """
     if os.geteuid() != 0 or os.readlink("/proc/self/ns/mnt") == _ns_of_parent():
         yield
         return
@@ -46,9 +50,11 @@ def machine_out_of_reach() -> Iterator[None]:
         mounts.mount("none", path, "tmpfs", data="mode=755,size=64m")
     # the one file that no variable names
     Path("/etc/containers/policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}\n')
+    mounts.mount("none", "/", "none", mounts.MS_REC | mounts.MS_SHARED)
     try:
         yield
     finally:
+        mounts.mount("none", "/", "none", mounts.MS_REC | mounts.MS_PRIVATE)
         for path in _HIDDEN:
             mounts.umount(path, mounts.MNT_DETACH)
         for path in (*made, *(set(_control_groups()) - groups)):

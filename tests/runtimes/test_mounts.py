@@ -23,7 +23,6 @@ from . import runtimes
 from .runtimes import find, make_bundle, run_here
 
 Make = Callable[..., Layerfs]
-_MS_SHARED = 1 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -55,7 +54,7 @@ def test_seen_in_namespaces_that_follow_ours(make_stack: type[Stack]) -> None:
     (stack.lowers[0] / "f").write_text("f")
     mounts.bind(stack.dir, stack.dir)
     try:
-        mounts.mount("none", stack.dir, "none", _MS_SHARED)
+        mounts.mount("none", stack.dir, "none", mounts.MS_SHARED)
         with another_namespace("slave") as follower, another_namespace("private") as private:
             with Layerfs(stack) as m:
                 assert mounted_for(follower, m.mnt) == ["fuse.layerfs"]

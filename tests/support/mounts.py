@@ -68,7 +68,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_move_mount, _SYS_fsopen, _SYS_fsconfig, _SYS_fsmount = 429, 430, 431, 432
 MNT_DETACH = 2
 _CLONE_NEWNS = 0x20000
-_MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
+_MS_RDONLY, _MS_REMOUNT, _MS_BIND, MS_REC, MS_PRIVATE, MS_SHARED = 1, 32, 4096, 16384, 1 << 18, 1 << 20
 
 
 # --- mount(2) and friends -------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def private_mount_namespace() -> str | None:
         return "not root"
     try:
         _check(_libc.unshare(_CLONE_NEWNS), "unshare mount namespace")
-        mount("none", "/", "none", _MS_REC | _MS_PRIVATE)
+        mount("none", "/", "none", MS_REC | MS_PRIVATE)
     except OSError as e:
         return str(e)
     if os.path.exists("/dev/fuse") and os.stat("/dev/fuse").st_mode & 0o666 != 0o666:
