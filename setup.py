@@ -3,7 +3,7 @@ same, and mounts go without it (`layerfs doctor` says so)."""
 
 from setuptools import Extension, setup
 
-_C = ["map", "facts", "files", "answer", "backing", "hook"]
+_C = ["map", "facts", "files", "workers", "answer", "backing", "hook"]
 
 
 def _extensions() -> list[Extension]:

@@ -125,7 +125,10 @@ class Gate(Protocol):
         """It was released."""
 
     def hold_writes(self, held: bool) -> None:
-        """Whether Python must see every WRITE."""
+        """Whether Python must see every WRITE that begins."""
+
+    def settle_writes(self) -> None:
+        """Waits until the gate has ended every WRITE that it began: for a thread."""
 
     def switch(self, node: NodeId, fd: int) -> None:
         """Files of `node` that the gate opened read `fd`, which stays the caller's, from now on."""
@@ -229,6 +232,9 @@ class NoGate:
         pass
 
     def hold_writes(self, held: bool) -> None:
+        pass
+
+    def settle_writes(self) -> None:
         pass
 
     def switch(self, node: NodeId, fd: int) -> None:

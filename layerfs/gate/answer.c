@@ -22,7 +22,7 @@
 /* The most that the kernel ever reads at once: max_pages is 16 bits. */
 #define READ_MAX (256u << 20)
 /* Bytes of a WRITE that is done in place. */
-#define WRITE_MAX (64 << 10)
+#define WRITE_MAX (128 << 10)
 
 /* Not in the headers of older distributions. */
 #define OPCODE_STATX 52
@@ -637,7 +637,7 @@ static enum verdict read_file(struct gate *gate, const struct fuse_in_header *in
 	}
 	if (got < 0 && errno != EAGAIN && errno != EOPNOTSUPP)
 		return reply(gate, in, errno, NULL, 0);
-	reader_read(gate->device, in->unique, fd, arg.offset, arg.size);
+	worker_read(gate->device, in->unique, fd, arg.offset, arg.size);
 	gate->bytes_read += arg.size; /* fewer at the end of the file */
 	return ANSWERED;
 }
@@ -664,14 +664,23 @@ static enum verdict carry_write(const struct gate *gate, struct fuse_write_in *a
 	return CARRIED;
 }
 
-/* What goes into the page cache at once; larger ones, and whatever does not go through smoothly, are Python's, which has
- * threads for them and remembers what an fsync has to tell. */
+/* What a worker may write. Of what the kernel writes back it does not look at a short count, so Python remembers an error
+ * until the next fsync. */
+static bool write_elsewhere(const struct gate *gate, const struct fuse_in_header *in, const struct fuse_write_in *arg,
+			    int fd, const char *data)
+{
+	return !(arg->write_flags & FUSE_WRITE_CACHE) && arg->offset <= INT64_MAX &&
+	       worker_write(gate->device, in->unique, fd, arg->offset, data, arg->size);
+}
+
+/* Small ones go into the page cache at once, larger ones take a thread. Whatever does not go through smoothly is Python's. */
 static enum verdict write_file(struct gate *gate, const struct fuse_in_header *in, char *body, size_t size)
 {
 	struct fuse_write_in arg;
 	struct fuse_write_out out = {0};
 	struct lent *lent;
-	bool openless, synced;
+	bool openless, synced, mine;
+	const char *data;
 
 	if (size < sizeof(arg))
 		return PASSED;
@@ -680,8 +689,15 @@ static enum verdict write_file(struct gate *gate, const struct fuse_in_header *i
 	/* Of a file that Python opened with them it is not lent. */
 	synced = openless && arg.flags & (O_SYNC | O_DSYNC);
 	lent = gate->holds_writes || synced ? NULL : map_get(&gate->lent, openless ? in->nodeid : arg.fh);
-	if (!lent || !lent->writes || arg.size > WRITE_MAX || size - sizeof(arg) < arg.size ||
-	    pwrite(lent->fd, body + sizeof(arg), arg.size, (off_t)arg.offset) != (ssize_t)arg.size)
+	mine = lent && lent->writes && size - sizeof(arg) >= arg.size;
+	data = body + sizeof(arg);
+	if (mine && arg.size > WRITE_MAX && write_elsewhere(gate, in, &arg, lent->fd, data)) {
+		lent->used = true;
+		gate->bytes_written += arg.size; /* fewer where it fails */
+		return ANSWERED;
+	}
+	if (!mine || arg.size > WRITE_MAX ||
+	    pwrite(lent->fd, data, arg.size, (off_t)arg.offset) != (ssize_t)arg.size)
 		return openless ? carry_write(gate, &arg, body) : pass_write(gate, &arg, body);
 	lent->used = true;
 	gate->bytes_written += arg.size;

@@ -1,7 +1,7 @@
 /*
  * The gate's C core: facts that vfs published, and answers made of them.
  *
- * One thread (pyfuse3's) calls everything here, so nothing is locked; only `reader_*` has threads of its own, which
+ * One thread (pyfuse3's) calls everything here, so nothing is locked; only `worker_*` has threads of its own, which
  * see a descriptor and a buffer and nothing else.
  */
 #ifndef LAYERFS_GATE_CORE_H
@@ -145,7 +145,7 @@ bool facts_unknow(struct facts *facts, struct known *known, uint64_t count);
  * now on is Python. */
 uint64_t facts_adopt(struct facts *facts, struct directory *directory, uint32_t name);
 
-/* -- files.c: files opened here, and threads that read them --------------------------------------------------------- */
+/* -- files.c: files opened here ------------------------------------------------------------------------------------- */
 
 #define NATIVE_HANDLE (UINT64_C(1) << 63)
 /* In the handle of a WRITE on its way to Python: the writer has CAP_FSETID (fuse/adapter.py). */
@@ -181,8 +181,14 @@ bool files_keep(struct files *files, uint64_t node, int fd);
 int files_kept(struct files *files, uint64_t node);
 void files_drop(struct files *files, uint64_t node);
 
+/* -- workers.c: threads for what may take the disk's time ----------------------------------------------------------- */
+
 /* Reads in a thread, through a duplicate of `fd`, and replies; where there is no thread, or no descriptor, here. */
-void reader_read(int device, uint64_t unique, int fd, uint64_t offset, uint32_t size);
+void worker_read(int device, uint64_t unique, int fd, uint64_t offset, uint32_t size);
+/* The same with a copy of `data`, but false where there is no thread, descriptor or memory, or some writes are under way. */
+bool worker_write(int device, uint64_t unique, int fd, uint64_t offset, const void *data, uint32_t size);
+/* Waits until no write is under way. */
+void workers_settle(void);
 
 /* -- answer.c ------------------------------------------------------------------------------------------------------- */
 

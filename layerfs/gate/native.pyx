@@ -136,6 +136,7 @@ cdef extern from "core.h":
     uint64_t gate_adopt(gate *, directory *, uint32_t) nogil
     int32_t backing_open(gate *, uint64_t, int, bint) nogil
     void backing_close(gate *, uint64_t) nogil
+    void workers_settle() nogil
     int gate_reply(int, uint64_t, int, const void *, size_t) nogil
     bint hook_serve(const char *) nogil
     void hook_arm(gate *) nogil
@@ -454,6 +455,10 @@ cdef class NativeGate:
 
     def hold_writes(self, bint held):
         _gate.holds_writes = held
+
+    def settle_writes(self):
+        with nogil:
+            workers_settle()
 
     def switch(self, uint64_t id, int fd):
         """Files of a node that were opened here read `fd` from now on. Raises OSError."""

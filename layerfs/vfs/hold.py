@@ -78,6 +78,7 @@ class Session:
         await self._hold.quiet()
         self.writes = True
         await self._hold.until(lambda: not self._hold.writing)
+        await self._hold.settle()
         self._give_turn()
 
     def expect(self, node: int) -> None:
@@ -88,6 +89,7 @@ class Session:
         if node not in self.closed:
             return False
         await self._hold.until(lambda: not self._hold.writing[node] and not self._hold.changing[node])
+        await self._hold.settle()
         return True
 
     def open(self, node: int) -> None:
@@ -149,6 +151,11 @@ class Hold:
         """Has everybody who waits look again."""
         self._stirred.set()
         self._stirred = trio.Event()
+
+    async def settle(self) -> None:
+        """Until the WRITEs have ended that the gate began before there was a session. Direct writes by
+        io_submit(2) do not keep the inode's lock, so no fsync tells (fs/fuse/file.c fuse_direct_IO)."""
+        await trio.to_thread.run_sync(self._gate.settle_writes)
 
     async def until(self, true: Callable[[], bool]) -> None:
         while not true():

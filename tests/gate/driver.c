@@ -25,7 +25,7 @@
 #define FRAME_MAX (1 << 20)
 /* Half a million names to publish. */
 #define COMMAND_MAX (32 << 20)
-/* Milliseconds that a reader's thread may take. */
+/* Milliseconds that a worker may take. */
 #define PATIENCE 10000
 
 static struct gate gate;
@@ -239,7 +239,7 @@ static void frame(void)
 	for (;;) {
 		ssize_t got;
 
-		/* Readers answer later. */
+		/* Workers answer later. */
 		if (poll(&ready, 1, waited_for && verdict == ANSWERED && !replies ? PATIENCE : 0) <= 0)
 			break;
 		got = recv(kernel, reply, sizeof(reply), MSG_DONTWAIT);
@@ -390,6 +390,9 @@ static void command(void)
 		break;
 	case 'W': /* u8: whether writes are held */
 		gate.holds_writes = number(1);
+		break;
+	case 'w': /* until no write is under way */
+		workers_settle();
 		break;
 	case 'O': /* two flags u64: what INIT offered, what is asked for */
 		gate.init_flags = number(8);

@@ -14,7 +14,7 @@ from tests.gate import frames as f
 from tests.gate.twin import Answer, Home, Plain, Verdict
 
 SOURCES = Path(__file__).parents[2] / "layerfs" / "gate"
-CORE = ("map.c", "facts.c", "files.c", "answer.c", "backing.c")
+CORE = ("map.c", "facts.c", "files.c", "workers.c", "answer.c", "backing.c")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
 
@@ -152,6 +152,9 @@ class Driver:
     def hold_writes(self, held: bool) -> None:
         self._do(b"W", bytes([held]))
 
+    def settle_writes(self) -> None:
+        self._do(b"w")
+
     def init_flags(self, offered: int, wanted: int) -> None:
         """What the kernel offered, and what is asked for."""
         self._do(b"O", struct.pack("<QQ", offered, wanted))
@@ -205,7 +208,7 @@ class Driver:
     def answer(self, frame: bytes, *, arrive: bool = True) -> Answer:
         """`arrive`: whether a reply can."""
         opcode = struct.unpack_from("<I", frame, 4)[0] if len(frame) >= f.IN_HEADER.size else 0
-        got = memoryview(self._do(b"F", struct.pack("<B", arrive and opcode == f.READ) + frame))
+        got = memoryview(self._do(b"F", struct.pack("<B", arrive and opcode in (f.READ, f.WRITE)) + frame))
         size = _number(got[1:5])
         answer = Answer(Verdict(got[0]), bytes(got[5 : 5 + size]))
         at = 5 + size

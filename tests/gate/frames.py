@@ -46,6 +46,7 @@ PASSTHROUGH = 1 << 37
 INIT_EXT = 1 << 30
 ATOMIC_O_TRUNC = 1 << 3
 HANDLE_KILLPRIV_V2 = 1 << 28
+WRITE_CACHE = 1 << 0
 WRITE_KILL_SUIDGID = 1 << 2
 #: ioctls for flags and attributes of inodes (linux/fs.h): get and set, 64 and 32 bits wide.
 INODE_IOCTLS = (0x80086601, 0x40086602, 0x80046601, 0x40046602, 0x801C581F, 0x401C5820)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import stat
 import struct
+import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +16,8 @@ import pytest
 
 from tests.gate import frames as f
 from tests.gate.pair import LISTS_ROOT, ROOT, Pair, make_socket, sync_files
-from tests.gate.twin import KEEPS_SETID, NATIVE, READ_MAX, Answer, Home, Plain, Verdict
+from tests.gate.twin import KEEPS_SETID, NATIVE, READ_MAX, WRITE_MAX, Answer, Home, Plain, Verdict
+from tests.support import mounts
 
 BODY = f.OUT_HEADER.size
 
@@ -544,12 +548,57 @@ def test_a_lent_file_is_written(tree: Pair, backing: Path) -> None:
     assert backing.read_text() == "in THE upper"
     assert payload(tree.feed(f.write(77, 9, 100, b"far"))) == f.WRITE_OUT.pack(3, 0)
     assert backing.stat().st_size == 103
-    assert payload(tree.feed(f.write(77, 9, 0, bytes(64 << 10)))) == f.WRITE_OUT.pack(64 << 10, 0)
+    assert payload(tree.feed(f.write(77, 9, 0, bytes(WRITE_MAX)))) == f.WRITE_OUT.pack(WRITE_MAX, 0)
+
+
+def test_a_large_write_is_a_thread_s(tree: Pair, backing: Path) -> None:
+    tree.lend(9, str(backing), writes=True)
+    data = random.randbytes(WRITE_MAX + 1)
+    for offset in (0, 5, 1 << 20):
+        assert payload(tree.feed(f.write(77, 9, offset, data))) == f.WRITE_OUT.pack(len(data), 0)
+        assert backing.read_bytes()[offset:] == data
+    # nobody looks at a short count of what is written back: Python remembers the error
+    assert passed(tree.feed(f.write(77, 9, 0, data, flags=f.WRITE_CACHE)))
+    assert passed(tree.feed(f.write(77, 9, -1, data)))
+    tree.lend(9, "/dev/full", writes=True)
+    assert error(tree.feed(f.write(77, 9, 0, data))) == errno.ENOSPC
+    tree.lend(9, str(backing), writes=True)
+    tree.hold_writes(True)
+    assert passed(tree.feed(f.write(77, 9, 0, data)))
+
+
+def test_what_was_begun_before_writes_were_held_is_waited_for(tree: Pair, tmp_path: Path) -> None:
+    """On a frozen file system, so that the write cannot end."""
+    if reason := mounts.why_not_root():
+        pytest.skip(reason)
+    disk, point = tmp_path / "disk", tmp_path / "frozen"
+    point.mkdir()
+    with disk.open("wb") as file:
+        file.truncate(32 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", disk], check=True)
+    subprocess.run(["mount", "-o", "loop", disk, point], check=True)
+    try:
+        (point / "file").touch()
+        tree.core.lend(9, str(point / "file"), writes=True)
+        subprocess.run(["fsfreeze", "-f", point], check=True)
+        begun = tree.core.answer(f.write(77, 9, 0, bytes(WRITE_MAX + 1)), arrive=False)
+        assert begun.verdict is Verdict.ANSWERED and not begun.replies
+        tree.core.hold_writes(True)
+        waits = threading.Thread(target=tree.core.settle_writes)
+        waits.start()
+        waits.join(0.2)
+        assert waits.is_alive()
+        subprocess.run(["fsfreeze", "-u", point], check=True)
+        waits.join()
+        assert (point / "file").stat().st_size == WRITE_MAX + 1
+    finally:
+        subprocess.run(["fsfreeze", "-u", point], capture_output=True)
+        tree.core.take_back(9)
+        mounts.umount(point, mounts.MNT_DETACH)
 
 
 def test_writes_that_are_python_s(tree: Pair, backing: Path) -> None:
     tree.lend(9, str(backing), writes=True)
-    assert passed(tree.feed(f.write(77, 9, 0, bytes((64 << 10) + 1))))  # too long to do in between
     assert passed(tree.feed(f.write(77, 9, -1, b"x")))
     assert passed(tree.feed(f.write(77, 9, 0, b"cut")[:-1]))
     tree.hold_writes(True)
@@ -627,7 +676,7 @@ def test_a_lent_node_is_written(unasked: Pair, backing: Path) -> None:
     assert backing.read_text() == "in THE upper"
     for how in (os.O_SYNC, os.O_DSYNC):  # of an open that nobody saw
         assert carried(unasked.feed(f.write(77, 0, 0, b"x", how=how)))
-    assert carried(unasked.feed(f.write(77, 0, 0, bytes((64 << 10) + 1))))
+    assert carried(unasked.feed(f.write(77, 0, 0, bytes(WRITE_MAX + 1), flags=f.WRITE_CACHE)))
     unasked.hold_writes(True)
     assert carried(unasked.feed(f.write(77, 0, 0, b"held")))
     unasked.hold_writes(False)

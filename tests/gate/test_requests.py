@@ -186,3 +186,17 @@ def test_small_files_are_made(mounted: Layerfs) -> None:
     python = {kind: count for (kind, who), count in made.items() if who == "python"}
     assert python == {"create": 100}
     assert made["write", "native"] == 100
+
+
+def test_large_files_are_written(mounted: Layerfs) -> None:
+    """In requests of 1 MiB, none of which Python sees."""
+    data = os.urandom(4 << 20)
+    numbers = itertools.count()
+
+    def write() -> None:
+        name = mounted.mnt / f"large{next(numbers)}"
+        name.write_bytes(data)
+        assert name.read_bytes() == data
+
+    made = caused(mounted, write)
+    assert {who: count for (kind, who), count in made.items() if kind == "write"} == {"native": 4}

@@ -21,7 +21,7 @@ from tests.gate import frames as f
 NATIVE = 1 << 63
 LISTING_MAX = 256 << 10
 READ_MAX = 256 << 20
-WRITE_MAX = 64 << 10
+WRITE_MAX = 128 << 10
 #: In the handle of a WRITE that is passed: setuid stays.
 KEEPS_SETID = 1 << 62
 _REAL_MASK = (1 << 48) - 1
@@ -670,7 +670,10 @@ class Twin:
         openless = self.openless and not handle
         fd, writes = self.lent.get(node if openless else handle, (-1, False))
         writes = writes and not (openless and how & os.O_SYNC)
-        if writes and not self.writes_held and size <= min(WRITE_MAX, len(data)) and offset < 1 << 63:
+        writes = writes and not self.writes_held and size <= len(data) and offset < 1 << 63
+        if writes and size > WRITE_MAX and not flags & f.WRITE_CACHE:
+            return f.WRITE_OUT.pack(os.pwrite(fd, data[:size], offset), 0)
+        if writes and size <= WRITE_MAX:
             try:
                 if os.pwrite(fd, data[:size], offset) == size:
                     return f.WRITE_OUT.pack(size, 0)
