@@ -116,6 +116,8 @@ async def _main(
         )
         if native is not None:
             native.on_let_go = operations.vfs.tree.let_go
+            native.on_opendir = operations.vfs.files.open_loaded
+            native.on_releasedir = operations.vfs.files.release_directory
             extra = Extra(operations.vfs, native.reply, operations.counters, native.again)
             native.on_carry = lambda frame: nursery.start_soon(extra.handle, frame)
             native.carries(True)

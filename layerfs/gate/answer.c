@@ -573,6 +573,30 @@ static enum verdict open_file(struct gate *gate, const struct fuse_in_header *in
 	return ANSWERED;
 }
 
+uint32_t gate_listing_flags(const struct gate *gate, uint64_t handle)
+{
+	/* Of directories without facts the offsets do not last: see facts_offset. */
+	return gate->keeps_listings && map_has(&gate->listings, handle) ? FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE : 0;
+}
+
+/* Python has the handle and the names; a call costs less than a message. */
+static enum verdict open_directory(struct gate *gate, const struct fuse_in_header *in)
+{
+	struct fuse_open_out out = {0};
+
+	if (gate->opendirless)
+		return reply(gate, in, ENOSYS, NULL, 0);
+	out.fh = gate->open_directory ? gate->open_directory(in->nodeid) : 0;
+	if (!out.fh)
+		return PASSED;
+	out.open_flags = gate_listing_flags(gate, out.fh);
+	if (gate_reply(gate->device, in->unique, 0, &out, sizeof(out))) {
+		gate_unlist(gate, out.fh);
+		gate->release_directory(out.fh);
+	}
+	return ANSWERED;
+}
+
 /* What a message without a handle means; -1: Python knows. */
 static int descriptor_of(struct gate *gate, uint64_t node)
 {
@@ -717,9 +741,13 @@ static enum verdict release(struct gate *gate, const struct fuse_in_header *in, 
 	/* Of a file that was created before the first OPEN. */
 	if (gate->openless && in->opcode == FUSE_RELEASE && !arg.fh)
 		return reply(gate, in, 0, NULL, 0);
-	if (!(arg.fh & NATIVE_HANDLE))
-		return PASSED;
-	close_file(gate, arg.fh);
+	if (arg.fh & NATIVE_HANDLE) {
+		close_file(gate, arg.fh);
+	} else {
+		if (in->opcode != FUSE_RELEASEDIR || !gate->release_directory)
+			return PASSED;
+		gate->release_directory(arg.fh);
+	}
 	return reply(gate, in, 0, NULL, 0);
 }
 
@@ -840,7 +868,7 @@ static enum verdict decide(struct gate *gate, struct fuse_in_header *in, char *b
 	case FUSE_STATFS:
 		return statfs(gate, in);
 	case FUSE_OPENDIR:
-		return gate->opendirless ? reply(gate, in, ENOSYS, NULL, 0) : PASSED;
+		return open_directory(gate, in);
 	case FUSE_FSYNCDIR: /* nothing was written */
 		return gate->opendirless ? reply(gate, in, 0, NULL, 0) : PASSED;
 	case FUSE_READDIRPLUS:

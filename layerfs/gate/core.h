@@ -260,6 +260,10 @@ struct gate {
 	size_t reply_size;
 	/* Python may let go of this directory now */
 	void (*let_go)(uint64_t id);
+	/* Python's handle for a directory that is opened; 0: not without waiting for something */
+	uint64_t (*open_directory)(uint64_t id);
+	/* it was released; both NULL: Python gets the messages */
+	void (*release_directory)(uint64_t handle);
 	/* takes a CARRIED frame */
 	void (*carry)(const void *frame, size_t size);
 };
@@ -275,6 +279,8 @@ bool gate_list(struct gate *gate, uint64_t handle, uint64_t directory, uint64_t 
 /* Whether what `handle` lists is what is there now, as far as is known here. */
 bool gate_lists_now(const struct gate *gate, uint64_t handle);
 void gate_unlist(struct gate *gate, uint64_t handle);
+/* Of `handle`, for the reply to its OPENDIR. */
+uint32_t gate_listing_flags(const struct gate *gate, uint64_t handle);
 /* What is told of a node, made if need be; NULL without memory. */
 struct told *gate_tell(struct gate *gate, uint64_t id);
 void gate_untell(struct gate *gate, uint64_t id);

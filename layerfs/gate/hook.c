@@ -210,9 +210,7 @@ static ssize_t send_reply(int device, struct iovec *parts, int count, void *data
 		count = changed[2].iov_len ? 3 : 2;
 	} else if (opcode == FUSE_OPENDIR && parts[1].iov_len == sizeof(opened)) {
 		memcpy(&opened, parts[1].iov_base, sizeof(opened));
-		/* Of directories without facts the offsets do not last: see facts_offset. */
-		if (armed->keeps_listings && map_has(&armed->listings, opened.fh))
-			opened.open_flags |= FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE;
+		opened.open_flags |= gate_listing_flags(armed, opened.fh);
 		changed[1].iov_base = &opened;
 	} else if ((opcode == FUSE_OPEN || opcode == FUSE_CREATE) && change_opened(armed, &parts[1], &opened)) {
 		changed[1].iov_len -= sizeof(opened);

@@ -103,6 +103,8 @@ cdef extern from "core.h":
         uint64_t passed[64]
         uint32_t took[64][24]
         void (*let_go)(uint64_t) noexcept
+        uint64_t (*open_directory)(uint64_t) noexcept
+        void (*release_directory)(uint64_t) noexcept
         void (*carry)(const void *, size_t) noexcept nogil
 
     void *map_get(const map *, uint64_t) nogil
@@ -189,12 +191,25 @@ cdef _split(ns, timespec *into):
 
 
 cdef void _let_go(uint64_t id) noexcept with gil:
+    _call(_live.on_let_go, id)
+
+
+cdef uint64_t _open_directory(uint64_t id) noexcept with gil:
+    return _call(_live.on_opendir, id) or 0
+
+
+cdef void _release_directory(uint64_t handle) noexcept with gil:
+    _call(_live.on_releasedir, handle)
+
+
+cdef object _call(callback, uint64_t what):
+    """None where that fails, which is our bug; for the log."""
     try:
-        _live.on_let_go(id)
+        return callback(what)
     except BaseException as error:
         import logging
 
-        logging.getLogger("layerfs.gate").exception("letting go of %d failed: %r", id, error)
+        logging.getLogger("layerfs.gate").exception("%r of %d failed: %r", callback, what, error)
 
 
 cdef class NativeGate:
@@ -202,6 +217,10 @@ cdef class NativeGate:
 
     #: called with a directory's node id that may be released now (`holds` was true before)
     cdef public object on_let_go
+    #: called with the node id of a directory that is opened: its handle, or 0 where that has to wait for something
+    cdef public object on_opendir
+    #: called with the handle of a directory that was released
+    cdef public object on_releasedir
     #: called with a frame that pyfuse3 cannot carry; answered by `reply`
     cdef public object on_carry
 
@@ -221,6 +240,8 @@ cdef class NativeGate:
         _gate.openless = openless
         _gate.opendirless = openless and read_only
         _gate.let_go = _let_go
+        _gate.open_directory = _open_directory
+        _gate.release_directory = _release_directory
         _gate.carry = _carry
         _gate.extra_init_flags = CACHE_SYMLINKS | DONT_MASK | HANDLE_KILLPRIV_V2
         _live = self

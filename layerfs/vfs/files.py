@@ -11,7 +11,8 @@ import trio
 
 from layerfs.fdutil import OwnedFd, copy_range, fallocate
 from layerfs.gate import Gate
-from layerfs.ids import HandleId
+from layerfs.ids import HandleId, NodeId
+from layerfs.stack import Merged
 from layerfs.upper.upper import Upper
 from layerfs.vfs import inode_flags, setid
 from layerfs.vfs.caller import Caller
@@ -347,11 +348,20 @@ class Files:
 
     async def open_directory(self, node: Directory) -> DirectoryHandle:
         """Raises OSError."""
-        await self.tree.load(node)
+        return self._open_directory(node, await self.tree.load(node))
+
+    def open_loaded(self, id: int) -> int:
+        """The handle of `open_directory` for the node `id`; 0 where that would have to wait, or fails."""
+        node = self.tree.nodes.get(NodeId(id))
+        if not isinstance(node, Directory) or node.merged is None:
+            return 0
+        return self._open_directory(node, node.merged).id
+
+    def _open_directory(self, node: Directory, merged: Merged) -> DirectoryHandle:
         handle = DirectoryHandle(self._number(), node)
+        self._list(handle, merged, fresh=True)
         self._directories[handle.id] = handle
         node.users += 1
-        await self.look(handle, fresh=True)
         return handle
 
     def directory(self, id: int) -> DirectoryHandle:
@@ -365,10 +375,12 @@ class Files:
 
     async def look(self, handle: DirectoryHandle, *, fresh: bool) -> None:
         """Lists what is there now. Raises OSError."""
-        node, gate = handle.node, self.tree.gate
-        merged = await self.tree.load(node)
+        self._list(handle, await self.tree.load(handle.node), fresh=fresh)
+
+    def _list(self, handle: DirectoryHandle, merged: Merged, *, fresh: bool) -> None:
+        node = handle.node
         above = node.parent if node.parent is not None else node
-        listed = gate.list_names(handle.id, node.id, above.id, merged.names, fresh)
+        listed = self.tree.gate.list_names(handle.id, node.id, above.id, merged.names, fresh)
         handle.names, handle.offsets = listed
 
     def release_directory(self, id: int) -> None:

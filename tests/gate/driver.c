@@ -103,6 +103,27 @@ static void on_let_go(uint64_t id)
 		let_go[let_go_count++] = id;
 }
 
+/* Directories that were opened by a call; a handle is given out once. */
+#define DIRECTORY_HANDLES 0x1000
+static uint8_t open_directories[1 << 16];
+static uint32_t directory_handles;
+
+static uint64_t on_open_directory(uint64_t id)
+{
+	if (!facts_directory(&gate.facts, id))
+		return 0;
+	if (directory_handles + 1 == sizeof(open_directories))
+		fail("too many directories");
+	open_directories[++directory_handles] = 1;
+	return DIRECTORY_HANDLES + directory_handles;
+}
+
+static void on_release_directory(uint64_t handle)
+{
+	if (handle > DIRECTORY_HANDLES && handle <= DIRECTORY_HANDLES + directory_handles)
+		open_directories[handle - DIRECTORY_HANDLES] = 0;
+}
+
 /* Backing files; an id is given out once. */
 static uint8_t live_backings[1 << 16];
 static uint32_t backings, backing_count;
@@ -387,6 +408,15 @@ static void command(void)
 		break;
 	case 'd': /* u8: whether directories are */
 		gate.opendirless = number(1);
+		break;
+	case 'l': /* directories are opened and released by calls */
+		gate.open_directory = on_open_directory;
+		gate.release_directory = on_release_directory;
+		break;
+	case 'o': /* handles of directories that are open: u64 each */
+		for (uint32_t at = 1; at <= directory_handles; at++)
+			if (open_directories[at])
+				put_number(DIRECTORY_HANDLES + at, 8);
 		break;
 	case 'W': /* u8: whether writes are held */
 		gate.holds_writes = number(1);

@@ -149,6 +149,15 @@ class Driver:
         self._do(b"u", b"\1")
         self._do(b"d", bytes([directories]))
 
+    def takes_calls(self) -> None:
+        """Directories are opened and released by calls."""
+        self._do(b"l")
+
+    def open_directories(self) -> set[int]:
+        """Handles that were given out so."""
+        raw = self._do(b"o")
+        return set(struct.unpack(f"<{len(raw) // 8}Q", raw))
+
     def hold_writes(self, held: bool) -> None:
         self._do(b"W", bytes([held]))
 

@@ -40,6 +40,16 @@ ssize_t hook_receive_unlocked(struct gate *which, int fd, void *buffer, size_t s
 	return hook_receive(which, fd, buffer, size);
 }
 
+static uint64_t open_directory(uint64_t id)
+{
+	return facts_directory(&gate.facts, id) ? id + 100 : 0;
+}
+
+static void release_directory(uint64_t handle)
+{
+	(void)handle;
+}
+
 static void let_go(uint64_t id)
 {
 	if (facts_directory(&gate.facts, id)->known)
@@ -103,6 +113,10 @@ static void begin(uint8_t options)
 	gate.opendirless = gate.openless && options & 16;
 	gate.extra_init_flags = UINT64_C(0x5555555555555555);
 	gate.let_go = let_go;
+	if (options & 32) {
+		gate.open_directory = open_directory;
+		gate.release_directory = release_directory;
+	}
 	gate.carry = carry;
 	hook_arm(&gate);
 	directory = facts_prepare(&gate.facts, ROOT, count, 1);

@@ -116,6 +116,10 @@ class Pair:
         self.core.take_back(handle)
         self.twin.take_back(handle)
 
+    def takes_calls(self) -> None:
+        self.core.takes_calls()
+        self.twin.takes_calls = True
+
     def hold_writes(self, held: bool) -> None:
         self.core.hold_writes(held)
         self.twin.writes_held = held
@@ -195,6 +199,7 @@ class Pair:
         assert counts.claimed == len(twin.claimed)
         assert counts.open == len(twin.open) + len(twin.kept)
         assert counts.listings == len(twin.listings)
+        assert self.core.open_directories() == twin.open_directories
         assert counts.ways == len(twin.ways)
         assert counts.backings == sum(way.backing > 0 for way in twin.ways.values())
         for node, known in twin.known.items():

@@ -322,6 +322,27 @@ def test_a_directory_with_xattrs_is_python_s(tree: Pair) -> None:
     assert passed(tree.feed(f.lookup(ROOT, b"directory")))
 
 
+# -- OPENDIR ----------------------------------------------------------------------------------------------
+
+
+def test_python_is_called_where_it_can_answer_at_once(tree: Pair) -> None:
+    opendir = f.frame(f.OPENDIR, ROOT, f.OPEN_IN.pack(0, 0))
+    assert passed(tree.feed(opendir))
+    tree.takes_calls()
+    first, second = (f.OPEN_OUT.unpack(payload(tree.feed(opendir)))[0] for _ in range(2))
+    assert first and second and tree.core.open_directories() == {first, second}
+    assert passed(tree.feed(f.frame(f.OPENDIR, 77, f.OPEN_IN.pack(0, 0))))  # it says that it cannot
+    tree.list_names(first, ROOT, [b"file"])
+    assert payload(tree.feed(f.release(ROOT, first, f.RELEASEDIR))) == b""
+    assert tree.core.open_directories() == {second}
+    assert passed(tree.feed(f.readdirplus(ROOT, first, 0)))
+    tree.plug(False)  # nobody learns of the handle
+    tree.feed(opendir)
+    tree.plug(True)
+    assert tree.core.open_directories() == {second}
+    tree.agree()
+
+
 # -- READDIRPLUS, RELEASEDIR ---------------------------------------------------------------------------
 
 

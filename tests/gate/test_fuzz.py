@@ -80,7 +80,7 @@ def _seeds() -> Iterator[bytes]:
     lent = _step(3, bytes([5, 1])) + _made(f.WRITE, 0, 2, struct.pack("<QIIQII", 0, 4, 0, 0, 0, 0) + b"data")
     lent += _made(f.READ, 0, 2, read) + _made(f.IOCTL, 0, 2, f.IOCTL_IN.pack(0, 0, 0x5401, 0, 0, 0)[8:])
     forgets = _step(0, f.batch_forget((1 << 48 | 5, 1), (1, 1)))
-    for options in (0, 1, 7):
+    for options in (0, 1, 7, 32):
         yield bytes([options]) + lookups + looks + data + lent + forgets
         yield bytes([options]) + init + replied + opened + listing + _made(f.RELEASEDIR, 99, 1)
         yield bytes([options]) + lookups + changes + lookups + looks + listing + changes

@@ -63,6 +63,7 @@ class Program(RuleBasedStateMachine):
         statfs=st.booleans(),
         openless=st.booleans(),
         passes=st.sampled_from([None, "upper", "lowers"]),
+        calls=st.booleans(),
     )
     def begin(
         self,
@@ -72,6 +73,7 @@ class Program(RuleBasedStateMachine):
         statfs: bool,
         openless: bool,
         passes: str | None,
+        calls: bool,
     ) -> None:
         passes = None if openless else passes
         self.base = Path(tempfile.mkdtemp(prefix="layerfs-twin-"))
@@ -93,6 +95,8 @@ class Program(RuleBasedStateMachine):
         #: handles that are Python's, of these nodes
         self.backed: dict[int, int] = {}
         self.pair.pass_through(2 if passes else 0, passes == "lowers")
+        if calls:
+            self.pair.takes_calls()
         for id in PLACES:
             self.publish(id, ())
 
@@ -283,7 +287,11 @@ class Program(RuleBasedStateMachine):
             order.shuffle(names)
             self.pair.list_names(id, id, names[: order.randrange(len(names) + 1)])
 
-    @rule(handle=st.sampled_from([*HANDLES, 0, 7]))
+    @rule(id=DIRECTORIES)
+    def opendir(self, id: int) -> None:
+        self.feed(f.frame(f.OPENDIR, id, f.OPEN_IN.pack(0, 0)))
+
+    @rule(handle=st.sampled_from([*HANDLES, 0, 7, 0x1001, 0x1002, 0x1003]))
     def releasedir(self, handle: int) -> None:
         self.feed(f.release(ROOT, handle, f.RELEASEDIR))
 

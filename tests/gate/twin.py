@@ -142,6 +142,10 @@ class Twin:
         self.openless = False
         #: directories, too; then listings are by node id
         self.opendirless = False
+        #: Python opens and releases directories when it is called, at once.
+        self.takes_calls = False
+        self.open_directories: set[int] = set()
+        self._directory_handles = 0x1000
         self.kept: dict[int, int] = {}
         #: INIT's flags: what the kernel offered, what is asked for beside libfuse's
         self.offered, self.wanted = 0, 0
@@ -533,9 +537,18 @@ class Twin:
     # -- listing ----------------------------------------------------------------------------------
 
     def _opendir(self, node: int, body: bytes, answer: Answer) -> bytes:
-        if not self.opendirless:
+        if self.opendirless:
+            raise OSError(errno.ENOSYS, "")
+        if not self.takes_calls or node not in self.directories:
             raise _Ask
-        raise OSError(errno.ENOSYS, "")
+        self._directory_handles += 1
+        handle = self._directory_handles
+        keeps = f.FOPEN_CACHE_DIR | f.FOPEN_KEEP_CACHE if handle in self.listings else 0
+        if self.plugged:
+            self.open_directories.add(handle)
+        else:
+            self.listings.pop(handle, None)
+        return f.OPEN_OUT.pack(handle, keeps, 0)
 
     def _fsyncdir(self, node: int, body: bytes, answer: Answer) -> bytes:
         if not self.opendirless:
@@ -590,6 +603,9 @@ class Twin:
     def _releasedir(self, node: int, body: bytes, answer: Answer) -> bytes:
         handle, *_ = f.RELEASE_IN.unpack_from(body)
         self.listings.pop(handle, None)
+        if self.takes_calls and not handle & NATIVE:
+            self.open_directories.discard(handle)
+            return b""
         return self._release_native(handle)
 
     # -- data -------------------------------------------------------------------------------------
