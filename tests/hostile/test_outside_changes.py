@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -116,9 +117,30 @@ def _use(here: Path) -> None:
 
 def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        _remove_tree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _remove_tree(path: Path | str, above: int | None = None) -> None:
+    """As far as that goes. Not shutil.rmtree, which opens without O_DIRECTORY what was a directory a moment ago,
+    and waits for ever where a user of the mount has moved a fifo there."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
+    except OSError:
+        return
+    try:
+        for name in os.listdir(fd):
+            try:
+                os.unlink(name, dir_fd=fd)
+            except IsADirectoryError:
+                _remove_tree(name, fd)
+            except OSError:
+                continue
+    finally:
+        os.close(fd)
+    with suppress(OSError):
+        os.rmdir(path, dir_fd=above)
 
 
 def make_file(path: Path, data: bytes) -> None:
