@@ -24,8 +24,10 @@ from layerfs.stack import LowerDir, Stack, data_source, read_marks
 
 _COMPARE = 1 << 20
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-#: How often a name is looked at again that was one thing for lstat(2) and another for open(2).
-_TRIES = 5
+#: How often a name is looked at again that was one thing for lstat(2) and another for open(2), or another
+#: file by the time that its writers were to be held. Somebody who renames a new file over it all the time
+#: wins each round with some probability, a high one on a busy machine; nobody wins so many.
+_TRIES = 100
 #: What open(2) and `Snapshots` say of a name that has become something else.
 _CHANGED = (errno.ELOOP, errno.ENXIO, errno.ESTALE)
 
@@ -126,8 +128,14 @@ class Objects:
                 try:
                     return self._opened_file(home, directory, name, path, lowers)
                 except OSError as error:
-                    if error.errno not in _CHANGED or not tries:
+                    if error.errno not in _CHANGED:
                         raise
+                    if not tries:
+                        raise LayerError(
+                            f"{display(path)}: is replaced faster than it can be read;"
+                            " try again, or commit with --pause",
+                            error.errno,
+                        ) from error
                 tries -= 1
                 continue
             if stat.S_ISSOCK(st.st_mode):

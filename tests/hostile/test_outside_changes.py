@@ -123,8 +123,8 @@ def remove(path: Path) -> None:
 
 
 def _remove_tree(path: Path | str, above: int | None = None) -> None:
-    """As far as that goes. Not shutil.rmtree, which opens without O_DIRECTORY what was a directory a moment ago,
-    and waits for ever where a user of the mount has moved a fifo there."""
+    """As far as that goes. Not shutil.rmtree, which opens without O_DIRECTORY what was a directory a moment
+    ago, and waits for ever where a user of the mount has moved a fifo there."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
     except OSError:

@@ -23,7 +23,11 @@ import pytest
 from layerfs.errors import LayerError
 from layerfs.fdutil import OwnedFd
 from layerfs.oci import snapshot
+from layerfs.oci.changes import ChangeFinder
+from layerfs.oci.objects import Data
 from layerfs.oci.snapshot import Moment, Snapshots
+from layerfs.overlay.names import USER, XattrNames
+from layerfs.stack import Stack
 from tests.overlay.loops import file_system
 
 #: Seconds of trying for each.
@@ -138,17 +142,48 @@ def test_big_files_that_are_open_for_writing_are_held(tmp_path: Path) -> None:
     assert take(snapshots, tmp_path / "small")[1] == b"s"
 
 
+class Replacer(NoMount):
+    """Somebody renames a new file over `path` each time that its writers are to be held, so many times."""
+
+    open_for_writing = True
+
+    def __init__(self, path: Path, times: int) -> None:
+        self.path = path
+        self.left = times
+
+    def held(self, inode: int, path: bytes) -> AbstractContextManager[bool]:
+        if not self.left:
+            return contextlib.nullcontext(True)
+        self.left -= 1
+        other = self.path.with_suffix(".new")
+        other.write_bytes(bytes((self.left % 255,)) * (1 << 20))
+        other.rename(self.path)
+        return contextlib.nullcontext(False)
+
+
 def test_a_file_that_is_another_one_by_now(tmp_path: Path) -> None:
-    class Gone(NoMount):
-        open_for_writing = True
-
-        def held(self, inode: int, path: bytes) -> AbstractContextManager[bool]:
-            return contextlib.nullcontext(False)
-
     upper = OwnedFd(os.open(tmp_path, os.O_RDONLY))
     (tmp_path / "f").write_bytes(bytes(1 << 20))
     with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
-        take(Snapshots(upper.fd, str(tmp_path), Gone()), tmp_path / "f")
+        take(Snapshots(upper.fd, str(tmp_path), Replacer(tmp_path / "f", 1)), tmp_path / "f")
+
+
+def added(upper: Path, times: int) -> Data:
+    """The data of the one file of an upper that is replaced so many times while it is looked at."""
+    stack = Stack([], str(upper), XattrNames(USER))
+    assert stack.upper is not None
+    snapshots = Snapshots(stack.upper.fd.fd, str(upper), Replacer(upper / "f", times))
+    changes = ChangeFinder(stack, [], whole=True, with_data=True, snapshots=snapshots)
+    (data,) = [change.data for change in changes if change.data is not None]
+    return data
+
+
+def test_a_file_that_is_replaced_all_the_time(tmp_path: Path) -> None:
+    """It is looked at again, many times, and then given up in one line."""
+    (tmp_path / "f").write_bytes(b"x" * (1 << 20))
+    assert added(tmp_path, 50).read(0, 2 << 20) == bytes(1 << 20)
+    with pytest.raises(LayerError, match=r"f: is replaced faster than it can be read; .*--pause"):
+        added(tmp_path, 1000)
 
 
 def test_no_room_for_a_copy(root: None) -> None:
