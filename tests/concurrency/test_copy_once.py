@@ -33,6 +33,7 @@ signal.signal(signal.SIGUSR1, lambda *_: None)
 signal.siginterrupt(signal.SIGUSR1, True)
 libc = ctypes.CDLL(None, use_errno=True)
 print("ready", flush=True)
+sys.stdin.readline()
 done = fd = libc.open(os.fsencode(sys.argv[1]), os.O_RDWR)
 if sys.argv[2:]:
     done = libc.pwrite(fd, sys.argv[2].encode(), len(sys.argv[2]), 0)
@@ -43,18 +44,25 @@ _OPENAT, _PWRITE = {"x86_64": (257, 18), "aarch64": (56, 68)}.get(os.uname().mac
 
 
 class Opener:
-    """A process that opens a file for writing, and writes `text` to its start."""
+    """A process that opens a file for writing, and writes `text` to its start, as soon as it may `go`: a copy
+    may be over in the time that an interpreter takes to start."""
 
     def __init__(self, path: Path, text: str = "") -> None:
         self._waits_in = str(_PWRITE if text else _OPENAT)
         self.process = subprocess.Popen(
             [sys.executable, "-c", _OPENER, str(path), *([text] if text else [])],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd="/",
         )
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
 
     @property
     def ended(self) -> bool:
@@ -101,8 +109,9 @@ def test_two_writers_copy_once(big_stack: Stack) -> None:
 def test_a_signal_ends_waiting(big_stack: Stack) -> None:
     """The one who got it is told EINTR while the other one still waits for the copy, which goes on."""
     with Layerfs(big_stack, "data=python") as mount, Created(f"{big_stack.work}/work") as created:
-        other = Opener(mount.mnt / "big")
-        hit = Opener(mount.mnt / "big")
+        other, hit = openers = [Opener(mount.mnt / "big") for _ in range(2)]
+        for opener in openers:
+            opener.go()
         assert eventually(lambda: copies_under_way(big_stack) and hit.waits)
         os.kill(hit.process.pid, signal.SIGUSR1)
         assert hit.answer() == str(errno.EINTR)
@@ -113,8 +122,9 @@ def test_a_signal_ends_waiting(big_stack: Stack) -> None:
 
 def test_a_killed_waiter_is_gone(big_stack: Stack) -> None:
     with Layerfs(big_stack, "data=python") as mount:
-        other = Opener(mount.mnt / "big")
-        hit = Opener(mount.mnt / "big")
+        other, hit = openers = [Opener(mount.mnt / "big") for _ in range(2)]
+        for opener in openers:
+            opener.go()
         assert eventually(lambda: copies_under_way(big_stack) and hit.waits)
         hit.process.kill()
         assert hit.process.wait(PATIENCE) == -signal.SIGKILL
@@ -126,6 +136,8 @@ def test_a_killed_waiter_is_gone(big_stack: Stack) -> None:
 def test_two_that_write_copy_once(big_stack: Stack) -> None:
     with Layerfs(big_stack, "data=cached") as mount, Created(f"{big_stack.work}/work") as created:
         writers = [Opener(mount.mnt / "big", text) for text in ("one", "twotwo")]
+        for writer in writers:
+            writer.go()
         assert [writer.answer() for writer in writers] == ["done", "done"]
         assert len(created.names()) == 1
         with open(mount.mnt / "big", "rb") as file:
@@ -136,6 +148,7 @@ def test_a_signal_does_not_end_a_write(big_stack: Stack) -> None:
     """write(2) to a file is not interrupted, and nobody expects it to be; SA_RESTART would not help."""
     with Layerfs(big_stack, "data=cached") as mount:
         writer = Opener(mount.mnt / "big", "text")
+        writer.go()
         assert eventually(lambda: copies_under_way(big_stack) and writer.waits)
         os.kill(writer.process.pid, signal.SIGUSR1)
         assert writer.answer() == "done"
@@ -149,6 +162,7 @@ def test_a_signal_does_not_end_a_write(big_stack: Stack) -> None:
 def test_a_copy_that_nobody_wants_leaves_nothing(big_stack: Stack, at: str, how: signal.Signals) -> None:
     with Layerfs(big_stack, "data=python" if at == "open" else "data=cached") as mount:
         opener = Opener(mount.mnt / "big", "" if at == "open" else "text")
+        opener.go()
         assert eventually(lambda: copies_under_way(big_stack) and opener.waits)
         os.kill(opener.process.pid, how)
         opener.process.wait(PATIENCE)
@@ -169,6 +183,7 @@ def test_another_name_is_free_while_the_mount_waits_for_a_copy(big_stack: Stack)
     """Names can be changed beside a copy-up: the copied file's own, too."""
     with Layerfs(big_stack, "data=python") as mount:
         opener = Opener(mount.mnt / "big")
+        opener.go()
         assert eventually(lambda: copies_under_way(big_stack))
         (mount.mnt / "new").mkdir()
         (mount.mnt / "new" / "file").write_text("x")
