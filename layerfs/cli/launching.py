@@ -137,6 +137,7 @@ def mount(
         acl=options.acl,
         gate=options.gate,
         passthrough=options.passthrough,
+        max_names=options.max_names or StackConfig.max_names,
     )
     fuse_options, notes = kernel_mount_options(
         options,

@@ -57,6 +57,7 @@ def command(
       data=cached|passthrough|python        who moves the bytes of files: the gate [where it was built], the
                                             kernel itself (root, Linux 6.9), or Python (gate=off)
       gate=on|off                           answer from native code what is known [on where it was built]
+      max_names=N                           names to keep in memory, about [1000000]
       userxattr                             keep marks in user.* attributes even as root
       ro nosuid nodev noexec noatime ...    as for any mount
       allow_other                           other users may enter (root: the default)

@@ -14,7 +14,6 @@ import stat
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Sequence
 from functools import wraps
-from time import perf_counter_ns
 from typing import Any, TypeVar
 
 import pyfuse3
@@ -50,7 +49,7 @@ def _errors(method: _F) -> _F:
 
     @wraps(method)
     async def guarded(self: Operations, *args: Any) -> Any:
-        started = perf_counter_ns()
+        started = self.counters.begin()
         try:
             return await method(self, *args)
         except OSError as error:
@@ -133,7 +132,7 @@ class Operations(pyfuse3.Operations):
     def forget(  # type: ignore[override]  # pyfuse3 calls it as a plain function, whatever its stub says
         self, inode_list: Sequence[tuple[int, int]]
     ) -> None:
-        started = perf_counter_ns()
+        started = self.counters.begin()
         for inode, count in inode_list:
             self.vfs.forget(inode, count)
         self.counters.answered("forget", started)

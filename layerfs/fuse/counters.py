@@ -18,14 +18,22 @@ class Counters:
     """Since the mount: how many requests of each kind were answered, and how long each took, from the start
     of its handler to its end."""
 
-    __slots__ = ("_kinds",)
+    __slots__ = ("_kinds", "under_way")
 
     def __init__(self) -> None:
+        #: how many requests have begun and have no answer yet
+        self.under_way = 0
         self._kinds: defaultdict[str, list[int]] = defaultdict(lambda: [0] * _BUCKETS)
 
+    def begin(self) -> int:
+        """A request begins: what `answered` wants to know."""
+        self.under_way += 1
+        return perf_counter_ns()
+
     def answered(self, kind: str, started: int) -> None:
-        """A request of `kind` (an opcode of FUSE, in small letters) that began at `started`, by
-        perf_counter_ns(), has its answer."""
+        """A request of `kind` (an opcode of FUSE, in small letters) that began at `started` has its
+        answer."""
+        self.under_way -= 1
         self._kinds[kind][((perf_counter_ns() - started) // 1000).bit_length()] += 1
 
     def histograms(self) -> dict[str, list[int]]:

@@ -15,7 +15,6 @@ import struct
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from time import perf_counter_ns
 from typing import Final, Protocol
 
 from layerfs.fuse.adapter import FOR_EVER
@@ -140,7 +139,7 @@ class Extra:
             self._reply(unique, errno.ENOSYS, b"")
             return
         payload: Payload = b""
-        error, started = 0, perf_counter_ns()
+        error, started = 0, self._counters.begin()
         try:
             if opcode == READDIRPLUS:
                 await self.vfs.list_unasked(node)

@@ -19,6 +19,7 @@ from layerfs.control import server
 from layerfs.errors import MountError
 from layerfs.fdutil import RESOLVE_INSIDE, fd_path, syncfs
 from layerfs.fuse.adapter import Operations
+from layerfs.fuse.bounded import Bounded
 from layerfs.fuse.controls import Controls
 from layerfs.fuse.extra import Extra
 from layerfs.fuse.statistics import Choice, Reporter
@@ -29,6 +30,7 @@ from layerfs.upper.upper import Upper
 from layerfs.vfs import checks
 from layerfs.vfs.config import StackConfig
 from layerfs.vfs.prefix import find_prefix
+from layerfs.vfs.unload import Unload
 from layerfs.vfs.vfs import Vfs
 
 log = logging.getLogger("layerfs.fuse")
@@ -122,6 +124,8 @@ async def _main(
             native.on_carry = lambda frame: nursery.start_soon(extra.handle, frame)
             native.carries(True)
             native.mind(_epoll())
+            unload = Unload(operations.vfs.tree, config.max_names)
+            nursery.start_soon(Bounded(unload, native, operations.counters).run)
         reporter.vfs = operations.vfs
         operations.vfs.tree.attributes_moved = operations.attributes_moved
         await operations.vfs.start()

@@ -61,6 +61,9 @@ class Gate(Protocol):
         """All names of `directory`: whatever is not among them is known to be absent. `plain`: the homes
         whose files are shown as they are."""
 
+    def unpublish_directory(self, directory: NodeId) -> None:
+        """All of them are Python's again. Nothing that the gate answered for may be known to the kernel."""
+
     def retract_name(self, directory: NodeId, name: bytes) -> None:
         """`name` in `directory` is about to appear or mean something else."""
 
@@ -94,6 +97,17 @@ class Gate(Protocol):
 
     def holds(self, directory: NodeId) -> bool:
         """Whether the kernel has such objects in `directory`; if so the node must stay until `on_let_go`."""
+
+    def known_in(self, directory: NodeId) -> list[NodeId]:
+        """The objects that the kernel has in `directory` and Python has no node for."""
+
+    def loaded(self) -> int:
+        """How many names are published."""
+
+    def prune(self, nodes: Sequence[NodeId]) -> None:
+        """Asks the kernel to forget nodes, in this order, those that nobody uses. For a thread: it may wait
+        until their pages are written back, which takes answers. Raises OSError, EINVAL where the kernel
+        cannot (FUSE_NOTIFY_PRUNE is Linux 6.18's)."""
 
     def adopt(self, directory: NodeId, name: bytes) -> int:
         """Python makes a node of a name. Its lookup count until now."""
@@ -174,6 +188,9 @@ class NoGate:
     ) -> None:
         pass
 
+    def unpublish_directory(self, directory: NodeId) -> None:
+        pass
+
     def retract_name(self, directory: NodeId, name: bytes) -> None:
         pass
 
@@ -206,6 +223,15 @@ class NoGate:
 
     def holds(self, directory: NodeId) -> bool:
         return False
+
+    def known_in(self, directory: NodeId) -> list[NodeId]:
+        return []
+
+    def loaded(self) -> int:
+        return 0
+
+    def prune(self, nodes: Sequence[NodeId]) -> None:
+        pass
 
     def adopt(self, directory: NodeId, name: bytes) -> int:
         return 0

@@ -125,6 +125,23 @@ int gate_reply(int device, uint64_t unique, int error, const void *payload, size
 	return writev(device, parts, error || !size ? 1 : 2) < 0 ? -errno : 0;
 }
 
+/* linux/fuse.h 7.45 */
+#define NOTIFY_PRUNE 9
+
+int gate_prune(int device, const uint64_t *nodes, uint32_t count)
+{
+	struct fuse_notify_prune_out {
+		uint32_t count;
+		uint32_t padding;
+		uint64_t spare;
+	} out = {.count = count};
+	struct fuse_out_header header = {.error = NOTIFY_PRUNE};
+	struct iovec parts[3] = {{&header, sizeof(header)}, {&out, sizeof(out)}, {(void *)nodes, count * sizeof(*nodes)}};
+
+	header.len = (uint32_t)(sizeof(header) + sizeof(out) + parts[2].iov_len);
+	return writev(device, parts, 3) < 0 ? -errno : 0;
+}
+
 static enum verdict reply(struct gate *gate, const struct fuse_in_header *in, int error, const void *payload,
 			  size_t size)
 {

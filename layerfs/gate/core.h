@@ -137,6 +137,8 @@ bool facts_stat(struct facts *facts, struct directory *directory, uint32_t name,
  * Valid until the next call of anything here. */
 int facts_place(struct facts *facts, struct directory *directory, uint32_t name, char text[256]);
 
+/* The object of a plain name that the kernel has, or NULL. */
+struct known *facts_known(const struct facts *facts, const struct directory *directory, uint32_t name);
 /* The object of a plain name, made if need be; NULL: ask Python. */
 struct known *facts_know(struct facts *facts, struct directory *directory, uint32_t name);
 /* `count` lookups less. True when its directory may be let go of now. */
@@ -289,6 +291,9 @@ bool gate_lend(struct gate *gate, uint64_t handle, int fd, bool writes);
 void gate_take_back(struct gate *gate, uint64_t handle);
 /* `facts_adopt`, and what was kept to read it by is closed. */
 uint64_t gate_adopt(struct gate *gate, struct directory *directory, uint32_t name);
+/* Asks the kernel to forget nodes that nobody uses, in this order. May be called by any thread; waits for pages of theirs that
+ * are written back. 0, or -errno. */
+int gate_prune(int device, const uint64_t *nodes, uint32_t count);
 /* 0, or -errno. */
 int gate_reply(int device, uint64_t unique, int error, const void *payload, size_t size);
 

@@ -373,6 +373,17 @@ bool facts_stat(struct facts *facts, struct directory *directory, uint32_t posit
 	return st->st_nlink == 1 && !S_ISDIR(st->st_mode);
 }
 
+struct known *facts_known(const struct facts *facts, const struct directory *directory, uint32_t position)
+{
+	const struct name *name = &directory->names[position];
+	struct known *known;
+
+	if (!is_plain(name))
+		return NULL;
+	known = map_get(&facts->known, directory->homes[name->home].base | name->real);
+	return known && known->directory == directory && known->name == position ? known : NULL;
+}
+
 struct known *facts_know(struct facts *facts, struct directory *directory, uint32_t position)
 {
 	const struct name *name = &directory->names[position];
@@ -412,15 +423,12 @@ bool facts_unknow(struct facts *facts, struct known *known, uint64_t count)
 
 uint64_t facts_adopt(struct facts *facts, struct directory *directory, uint32_t position)
 {
-	struct name *name = &directory->names[position];
-	struct known *known;
+	struct known *known = facts_known(facts, directory, position);
 	uint64_t lookups;
 
-	if (!is_plain(name))
-		return 0;
-	name->kind = NAME_ASK;
-	known = map_get(&facts->known, directory->homes[name->home].base | name->real);
-	if (!known || known->directory != directory || known->name != position)
+	if (is_plain(&directory->names[position]))
+		directory->names[position].kind = NAME_ASK;
+	if (!known)
 		return 0;
 	lookups = known->lookups;
 	drop(facts, known);

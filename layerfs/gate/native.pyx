@@ -6,6 +6,7 @@ from libc.stdlib cimport free, malloc
 
 import errno as _errno
 import os
+from array import array
 
 
 cdef extern from "<sys/stat.h>" nogil:
@@ -50,12 +51,13 @@ cdef extern from "core.h":
         uint64_t id
         name *names
         char *text
+        uint32_t count
         uint32_t known
         bint let_go
 
     struct known:
         directory *directory
-        uint64_t lookups
+        uint64_t id, lookups
         uint32_t name
 
     struct facts:
@@ -123,6 +125,7 @@ cdef extern from "core.h":
     bint facts_retract(facts *, directory *, const char *, size_t) nogil
     void facts_vanish(const facts *, directory *, const char *, size_t) nogil
     void facts_give_back(directory *, uint32_t, uint8_t) nogil
+    known *facts_known(const facts *, const directory *, uint32_t) nogil
     known *facts_know(facts *, directory *, uint32_t) nogil
     int files_switch(files *, uint64_t, int) nogil
     bint gate_init(gate *, uint32_t, uint64_t) nogil
@@ -140,11 +143,14 @@ cdef extern from "core.h":
     void backing_close(gate *, uint64_t) nogil
     void workers_settle() nogil
     int gate_reply(int, uint64_t, int, const void *, size_t) nogil
+    int gate_prune(int, const uint64_t *, uint32_t) nogil
     bint hook_serve(const char *) nogil
     void hook_arm(gate *) nogil
     ssize_t hook_receive(gate *, int, void *, size_t) nogil
 
 
+#: Nodes in one notification.
+PRUNED_AT_ONCE = 4096
 #: What INIT asks for beside libfuse's own flags (linux/fuse.h).
 CACHE_SYMLINKS = 1 << 23
 DONT_MASK = 1 << 6
@@ -330,6 +336,11 @@ cdef class NativeGate:
                 return
         facts_publish(&_gate.facts, made)
 
+    def unpublish_directory(self, uint64_t id):
+        if _gate.opendirless:
+            gate_unlist(&_gate, id)
+        self._forget_directory(id)
+
     def retract_name(self, uint64_t id, bytes name):
         cdef directory *found = facts_directory(&_gate.facts, id)
         if found != NULL and not facts_retract(&_gate.facts, found, name, len(name)):
@@ -385,9 +396,7 @@ cdef class NativeGate:
         """Python has no such node any more."""
         map_take(&_gate.facts.claimed, id)
         gate_untell(&_gate, id)
-        if _gate.opendirless:
-            gate_unlist(&_gate, id)
-        self._forget_directory(id)
+        self.unpublish_directory(id)
 
     cdef _forget_directory(self, uint64_t id):
         cdef directory *found = facts_directory(&_gate.facts, id)
@@ -418,6 +427,34 @@ cdef class NativeGate:
             return False
         found.let_go = True
         return True
+
+    def known_in(self, uint64_t id):
+        """Node ids of those objects."""
+        cdef directory *found = facts_directory(&_gate.facts, id)
+        cdef known *object
+        if found == NULL or found.known == 0:
+            return []
+        ids = []
+        for position in range(found.count):
+            object = facts_known(&_gate.facts, found, position)
+            if object != NULL:
+                ids.append(object.id)
+        return ids
+
+    def loaded(self):
+        return _gate.facts.names
+
+    def prune(self, nodes):
+        """As `layerfs.gate.Gate`. May be called in a thread."""
+        cdef const unsigned char[:] view
+        cdef int error
+        for start in range(0, len(nodes), PRUNED_AT_ONCE):
+            ids = array("Q", nodes[start:start + PRUNED_AT_ONCE])
+            view = memoryview(ids).cast("B")
+            with nogil:
+                error = gate_prune(_gate.device, <const uint64_t *>&view[0], <uint32_t>(view.shape[0] // 8))
+            if error:
+                raise OSError(-error, os.strerror(-error))
 
     def adopt(self, uint64_t id, bytes name):
         """Python makes a node of a name: the lookup count that it takes over, 0 when there is none."""

@@ -130,6 +130,8 @@ class MountOptions:
     gate: bool | None = None
     #: The kernel reads and writes files itself.
     passthrough: bool = False
+    #: Names that may be kept in memory, about; None: as many as layerfs likes.
+    max_names: int | None = None
     #: Options for the mount itself in the order of their last mention, e.g. `noatime`, `max_read=65536`.
     fuse: tuple[str, ...] = ()
     #: Access times were asked for by name, which takes back the default `noatime`.
@@ -285,7 +287,7 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
     state = _Parsing()
     upper = work = None
     volatile = read_only = atime = passthrough = False
-    redirect_dir = metacopy = userxattr = gate = data = None
+    redirect_dir = metacopy = userxattr = gate = data = max_names = None
     for option in (option for text in strings for option in split_options(text)):
         name, equals, raw = option.partition("=")
         value = raw if equals else None
@@ -306,6 +308,8 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
         elif name == "data":
             data = _choice(name, value, _DATA)
             passthrough = value == "passthrough"
+        elif name == "max_names":
+            max_names = _count(name, value)
         elif name == "redirect_dir":
             redirect_dir = _choice(name, value, _REDIRECT)
         elif name == "metacopy":
@@ -363,11 +367,18 @@ def parse_options(strings: Iterable[str]) -> MountOptions:
         acl=state.acl,
         gate=gate if data is None else data,
         passthrough=passthrough,
+        max_names=max_names,
         fuse=tuple(state.fuse.values()),
         atime=atime,
         ineffective=tuple(state.ineffective),
         unknown=tuple(state.unknown),
     )
+
+
+def _count(name: str, value: str | None) -> int:
+    if value is None or not re.fullmatch(r"[1-9][0-9]{0,11}", value):
+        raise UsageError(f"option {name}: a positive number is missing")
+    return int(value)
 
 
 def _path_given(name: str, value: str | None) -> str:

@@ -45,3 +45,5 @@ class StackConfig:
     gate: bool | None = None
     #: The kernel reads and writes files itself; it takes the gate.
     passthrough: bool = False
+    #: How many names may be loaded, about (`vfs.unload`); it takes the gate.
+    max_names: int = 1_000_000

@@ -105,6 +105,10 @@ class Tree:
         self.shown_ctimes: dict[int, tuple[int, int]] = {}
         #: told when attributes that the kernel keeps were changed by something other than its own requests
         self.attributes_moved: Callable[[NodeId], None] = lambda id: None
+        #: told when names were loaded
+        self.grown: Callable[[], None] = lambda: None
+        #: told when the names of a directory were dropped
+        self.unloaded: Callable[[Directory], None] = lambda directory: None
         #: told when a file's node goes
         self.let_go_of_files: Callable[[Node], None] = lambda node: None
         #: directories whose attributes changed since `tell_changed`
@@ -548,11 +552,18 @@ class Tree:
                 # directory itself only adds an empty upper part.
                 directory.merged = merged
                 self.gate.publish_directory(directory.id, merged.names, self._plain(directory))
+                self.grown()
                 return merged
             finally:
                 directory.loading.set()
                 directory.loading = None
                 directory.users -= 1
+
+    def unload(self, directory: Directory) -> None:
+        """Drops the names of a directory that nothing leans on; the next touch loads them again."""
+        directory.merged = None
+        self.gate.unpublish_directory(directory.id)
+        self.unloaded(directory)
 
     def _plain(self, directory: Directory) -> dict[LowerDir, Plain]:
         """The lower directories whose files are shown as they are, but for their numbers."""

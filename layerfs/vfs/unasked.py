@@ -43,6 +43,7 @@ class Unasked:
         self._kept: OrderedDict[int, Handle] = OrderedDict()
         self._listings: OrderedDict[int, DirectoryHandle] = OrderedDict()
         tree.let_go_of_files = self._forget
+        tree.unloaded = self._unlist
 
     def writable(self, node: File) -> bool:
         """Whether `node` has been written to, as far as is remembered: it counts as open for writing."""
@@ -128,6 +129,9 @@ class Unasked:
     def _drop(self, handle: Handle) -> None:
         del self._kept[handle.id]
         self.files.close(handle)
+
+    def _unlist(self, directory: Directory) -> None:
+        self._listings.pop(directory.id, None)
 
     def _forget(self, node: Node) -> None:
         handle = self._kept.get(node.id)

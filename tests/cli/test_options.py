@@ -127,6 +127,10 @@ def test_what_podman_says() -> None:
         "gate=off,data=cached",
         "gate=on,data=python",
         "gate=1",
+        "max_names",
+        "max_names=0",
+        "max_names=-1",
+        "max_names=many",
         "datadir+=/a",
         "remount",
     ],
@@ -181,6 +185,11 @@ def test_each_option_of_fuse_overlayfs_does_what_the_table_says(name: str) -> No
 def test_an_option_of_fuse_overlayfs_in_a_form_that_it_does_not_have() -> None:
     for option in ("noacl=1", "static_nlink=1", "noxattrs", "timeout"):
         assert parse_options([option]).unknown == (option,)
+
+
+def test_max_names() -> None:
+    assert parse_options(["max_names=20000"]).max_names == 20000
+    assert parse_options([""]).max_names is None
 
 
 def test_the_later_wins() -> None:

@@ -324,9 +324,14 @@ def stress(stack: Stack, seconds: int, options: str) -> None:
         assert_equal(live, snapshot(mount.mnt))
 
 
-@pytest.mark.parametrize("options", ["", "gate=off"], ids=["gate", "no gate"])
-def test_no_stale_answer(make_stack: type[Stack], options: str) -> None:
-    stress(make_stack(n_lowers=2), 10 if not options else 3, options)
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [("", 10), ("max_names=20", 10), ("gate=off", 3)],
+    ids=["gate", "few names", "no gate"],
+)
+def test_no_stale_answer(make_stack: type[Stack], options: str, seconds: int) -> None:
+    """With few names directories are dropped and loaded again all the time."""
+    stress(make_stack(n_lowers=2), seconds, options)
 
 
 @pytest.mark.long
