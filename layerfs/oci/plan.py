@@ -9,7 +9,7 @@ import stat
 from layerfs.errors import TarError
 from layerfs.fdutil import OwnedFd
 from layerfs.oci.beneath import behind_link, below_no_directory, open_beneath
-from layerfs.oci.member import Kind, Mark, Member, classify, display, join, split
+from layerfs.oci.member import Kind, Mark, Member, classify, display, split
 from layerfs.overlay import whiteout
 
 
@@ -32,91 +32,125 @@ def is_whiteout_device(member: Member) -> bool:
     return member.kind is Kind.CHAR and member.rdev == (0, 0)
 
 
+class _Name:
+    """What a layer and the target have under one name."""
+
+    __slots__ = ("asked", "below", "children", "emptied", "gone", "kind")
+
+    def __init__(self) -> None:
+        #: None where there can be none
+        self.children: dict[bytes, _Name] | None = None
+        #: what the layer made, directories that it implies or uses included
+        self.kind: Kind | None = None
+        #: the target's object is gone, with all below it
+        self.gone = False
+        #: the target's directory stays, and loses all below
+        self.emptied = False
+        #: what the target had when the layer came, once it was `asked`
+        self.below: Kind | None = None
+        self.asked = False
+
+    def child(self, name: bytes) -> _Name:
+        if self.children is None:
+            self.children = {}
+        return self.children.setdefault(name, _Name())
+
+
 class Plan:
-    """Follows a layer as far as that decides whether a member can be made.
+    """Follows a layer as far as that decides whether a member can be made. The target is asked once for a
+    name.
 
     Test: test_apply_evil.py::test_refused_before_the_first_change."""
 
     def __init__(self, root: OwnedFd) -> None:
         self._root = root
-        #: what the layer made so far, directories that it implies or uses included
-        self._kinds: dict[bytes, Kind] = {}
-        #: names whose object in the target is gone, with all below it
-        self._removed: set[bytes] = set()
-        #: directories of the target that stay, and lose all below
-        self._emptied: set[bytes] = set()
-        #: directories in which members can be made: all are in `_kinds`
-        self._usable: set[bytes] = {b""}
+        self._names = _Name()
+        self._names.kind = self._names.below = Kind.DIR
+        self._names.asked = True
+        #: the directory that members are being made in, and its path
+        self._here = (b"", self._names)
 
     def add(self, member: Member) -> None:
         """Raises TarError for a member that cannot be made."""
         mark, hidden = check_names(member)
         if mark is Mark.AUFS or is_whiteout_device(member):
             return
-        directory, _ = split(member.name)
+        directory, name = split(member.name)
         if mark is not Mark.ENTRY:
             what = f"member {display(member.name)}"
-            kind = self._walk(directory, what, make=False)
+            kind, found = self._walk(directory, what, make=False)
             if kind is Kind.SYMLINK:
                 raise behind_link(what)
             if kind is Kind.DIR:
+                assert found is not None, "a directory is known by now"
                 if mark is Mark.OPAQUE:
-                    self._emptied.add(directory)
+                    found.emptied = True
                 else:
-                    self._removed.add(join(directory, hidden))
+                    found.child(hidden).gone = True
             return
-        if directory not in self._usable:
+        if directory != self._here[0]:
             what = f"member {display(member.name)}"
-            if self._walk(directory, what, make=True) is not Kind.DIR:
+            kind, found = self._walk(directory, what, make=True)
+            if kind is not Kind.DIR:
                 raise below_no_directory(what)
-            self._usable.add(directory)
+            assert found is not None, "it was made"
+            self._here = (directory, found)
         if not member.name:
             return
         # A link to a symbolic link is one.
         kind = self._need_partner(member) if member.kind is Kind.HARDLINK else member.kind
-        before = self._kinds.get(member.name)
         if kind is Kind.DIR:
             self._walk(member.name, f"member {display(member.name)}", make=False)  # finds mount points
-            if before not in (None, Kind.DIR):
-                self._removed.add(member.name)
-        elif before is Kind.DIR:
-            inside = member.name + b"/"
-            for gone in [name for name in self._kinds if name.startswith(inside)]:
-                del self._kinds[gone]
-            self._usable = {b""}
-        self._kinds[member.name] = kind
+        made = self._here[1].child(name)
+        if made.kind not in (None, kind) and Kind.DIR in (made.kind, kind):
+            # Where something else than a directory was, nothing of the target comes back.
+            made.children = None
+            made.gone = True
+        made.kind = kind
 
     def _need_partner(self, member: Member) -> Kind:
         """What a hard link joins."""
         wanted = f"hard link {display(member.name)} to {display(member.target)}"
-        kind = self._walk(member.target, wanted, make=False)
+        kind, _ = self._walk(member.target, wanted, make=False)
         if kind is None:
             raise TarError(f"{wanted}: that is not there")
         if kind is Kind.DIR:
             raise TarError(f"{wanted}: that is a directory")
         return kind
 
-    def _walk(self, path: bytes, what: str, *, make: bool) -> Kind | None:
-        """What is under `path` by now; None when there is nothing. `make`: missing directories are made.
+    def _walk(self, path: bytes, what: str, *, make: bool) -> tuple[Kind | None, _Name | None]:
+        """What is under `path` by now; None when there is nothing. `make`: missing directories are made. A
+        directory comes with what is known of it.
 
         Raises TarError when a symbolic link is on the way to it, and with `make` also when `path` is one."""
-        visible = b"" not in self._emptied
+        visible = not self._names.emptied
         kind: Kind | None = Kind.DIR
-        here = b""
-        for part in path.split(b"/") if path else ():
+        found: _Name | None = self._names
+        parts = path.split(b"/") if path else []
+        for number, part in enumerate(parts, 1):
             if kind is Kind.SYMLINK:
                 raise behind_link(what)
             if kind is not Kind.DIR:
-                return None
-            here = join(here, part)
-            below = self._in_target(here) if visible and here not in self._removed else None
-            kind = self._kinds.get(here, below)
-            visible = below is Kind.DIR and here not in self._emptied
+                return None, None
+            assert found is not None, "a directory is known by now"
+            above, found = found, found.children.get(part) if found.children is not None else None
+            below = None
+            if visible and (found is None or not found.gone):
+                if found is not None and found.asked:
+                    below = found.below
+                else:
+                    below = self._in_target(b"/".join(parts[:number]))
+                    if below is not None or found is not None or make:
+                        found = above.child(part)
+                        found.below, found.asked = below, True
+            kind = found.kind if found is not None and found.kind is not None else below
+            visible = below is Kind.DIR and not (found is not None and found.emptied)
             if make and kind in (None, Kind.DIR):
-                kind = self._kinds[here] = Kind.DIR
+                found = above.child(part)
+                kind = found.kind = Kind.DIR
         if make and kind is Kind.SYMLINK:
             raise behind_link(what)
-        return kind
+        return kind, found
 
     def _in_target(self, path: bytes) -> Kind | None:
         """What the target has under `path`, all above which are directories."""

@@ -245,6 +245,19 @@ def test_leaning_on_what_is_below(place: Path) -> None:
     assert extra[b"linked"].names == {b"linked", b"d/one", b"d/two"}
 
 
+def test_links_to_one_file_by_several_of_its_names(place: Path) -> None:
+    below: Layer = [m.file(b"d/one", b"1"), m.hardlink(b"d/two", b"d/one"), m.hardlink(b"three", b"d/one")]
+    layer: Layer = [m.hardlink(b"h", b"d/one"), m.hardlink(b"i", b"d/two"), m.file(b"three", b"3")]
+    extra = snapshot(check_law(place, [below, layer])[0])
+    assert extra[b"h"].names == {b"h", b"i", b"d/one", b"d/two"}
+
+
+def test_a_link_in_place_of_the_directory_of_its_partner(place: Path) -> None:
+    layer: Layer = [m.hardlink(b"a/x", b"b"), m.hardlink(b"a", b"a/x")]
+    extra = snapshot(check_law(place, [[m.file(b"b", b"1")], layer])[0])
+    assert extra[b"a"].names == {b"a", b"b"}
+
+
 @pytest.mark.parametrize(
     ("below", "layer"),
     [
