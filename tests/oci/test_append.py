@@ -191,6 +191,53 @@ def test_a_base_without_history_gets_entries(place: Path) -> None:
     assert [each.get("comment") for each in config_of(layout, "new")["history"]] == [None, None, "m"]
 
 
+_EMPTY = {"created_by": "env", "empty_layer": True}
+
+
+@pytest.mark.parametrize(
+    ("history", "whole"),
+    [
+        ([{"created_by": "1"}, _EMPTY], [{"created_by": "1"}, _EMPTY, {}]),
+        ([_EMPTY], [_EMPTY, {}, {}]),
+        (
+            [{"created_by": "1"}, {"created_by": "2"}, {"created_by": "3"}],
+            [{"created_by": "1"}, {"created_by": "2"}, {"created_by": "3", "empty_layer": True}],
+        ),
+    ],
+    ids=["too short", "of no layer", "too long"],
+)
+def test_a_history_that_does_not_match_the_layers(
+    place: Path, history: list[dict[str, Any]], whole: list[dict[str, Any]]
+) -> None:
+    """Who reads the image takes it, and says so where he shows it; who writes one completes it."""
+    layout = place / "l"
+    make_image(layout, "base", [BASE_LAYER, tar_of({"b": b"2"})], history=history)
+    shown = json.loads(layerfs("history", "--json", f"{layout}:base"))[::-1]
+    assert [each["created_by"] for each in shown] == [each.get("created_by", "") for each in whole]
+    assert len([each for each in shown if each["size"]]) == 2
+    for command in (["inspect"], ["history"], ["squash", "--layout", f"{layout}:one", "--last", "1"]):
+        words = [sys.executable, "-m", "layerfs", *command, f"{layout}:base"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert f"of 2 layers the history of the image tells of {told(history)}" in done.stderr, command
+    layerfs("export", f"{layout}:base", "-o", place / "flat.tar")
+    assert len(LayerCache.default().layer_directories(open_image(f"{layout}:base"))) >= 2
+
+    append(layout, "new", f"{layout}:base", message="m")
+    assert config_of(layout, "new")["history"][:-1] == whole
+    append(layout, "same", f"{layout}:base", lambda fd: None)
+    assert config_of(layout, "same")["history"] == history, "the base as it is"
+    for tag, layers in (("new", 3), ("one", 2)):
+        assert told(config_of(layout, tag)["history"]) == layers
+        done = subprocess.run(
+            [sys.executable, "-m", "layerfs", "inspect", f"{layout}:{tag}"], capture_output=True, check=True
+        )
+        assert not done.stderr
+
+
+def told(history: list[dict[str, Any]]) -> int:
+    return sum(not entry.get("empty_layer") for entry in history)
+
+
 @pytest.mark.parametrize("form", ["other layout", "docker manifest", "docker archive", "oci archive"])
 def test_bases_of_every_kind(place: Path, form: str) -> None:
     source, layout = place / "source", place / "l"
