@@ -9,19 +9,32 @@ import stat
 from layerfs.errors import TarError
 from layerfs.fdutil import OwnedFd
 from layerfs.oci.beneath import behind_link, below_no_directory, open_beneath
-from layerfs.oci.member import Kind, Mark, Member, classify, display, split
+from layerfs.oci.member import Kind, Mark, Member, classify, display, is_aufs, split
 from layerfs.overlay import whiteout
 
 
 def check_names(member: Member) -> tuple[Mark, bytes]:
     """What the last name of `member` stands for, and what it hides.
 
-    Raises TarError for a member below a whiteout, and for a whiteout that is no plain file."""
+    Old layers hold what AUFS kept for itself: `.wh..wh.aufs`, `.wh..wh.orph/`, and `.wh..wh.plnk/` with files
+    that were shared between layers. docker and containerd pass all of it over, but make a copy of a file in
+    plnk for each hard link to it (moby pkg/archive/diff.go, containerd archive/tar.go); umoci knows nothing
+    of it. We pass it over and refuse such links: their partners, however large, would have to be kept in case
+    one comes, and docker has left these names out of what it writes for ten years.
+
+    Raises TarError for that, for a member below a whiteout, and for a whiteout that is no plain file."""
+    target = member.target if member.kind is Kind.HARDLINK else b""
+    if whiteout.PREFIX in target and any(is_aufs(part) for part in target.split(b"/")):
+        what = f"hard link {display(member.name)} to {display(target)}"
+        raise TarError(f"{what}: that is book-keeping of AUFS, which is not kept")
     if whiteout.PREFIX not in member.name:
         return Mark.ENTRY, b""
     directory, name = split(member.name)
-    if any(part.startswith(whiteout.PREFIX) for part in directory.split(b"/")):
-        raise TarError(f"member {display(member.name)} lies below a whiteout")
+    for part in directory.split(b"/"):
+        if is_aufs(part):
+            return Mark.AUFS, part
+        if part.startswith(whiteout.PREFIX):
+            raise TarError(f"member {display(member.name)} lies below a whiteout")
     mark, hidden = classify(name)
     if mark in (Mark.WHITEOUT, Mark.OPAQUE) and member.kind not in (Kind.FILE, Kind.HARDLINK):
         raise TarError(f"member {display(member.name)} is a whiteout that is no regular file")

@@ -209,7 +209,7 @@ def test_whiteouts_are_the_kernels(place: Path) -> None:
         m.file(b".wh.again"),
         m.file(b".wh.replaced"),
         m.file(b"replaced", b"new"),
-        m.file(b".wh..wh.plnk"),
+        m.file(b".wh..wh.plnk/1.2"),
         (Member(b"gone", Kind.CHAR, rdev=(0, 0)), b""),
         m.directory(b"e", xattrs={"trusted.overlay.opaque": b"y", "user.fuseoverlayfs.opaque": b"y"}),
         m.file(b"loose/.wh.x"),
