@@ -4,7 +4,7 @@ and runc see it."""
 from __future__ import annotations
 
 import copy
-import hashlib
+import gzip
 import json
 import os
 import shutil
@@ -114,7 +114,7 @@ def test_from_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "digest": said["image"]["id"],
             "size": (layout / "blobs" / said["image"]["id"].replace(":", "/")).stat().st_size,
         },
-        "layers": [{"mediaType": PLAIN, "digest": said["digest"], "size": said["size"]}],
+        "layers": [{"mediaType": f"{PLAIN}+gzip", "digest": said["digest"], "size": said["size"]}],
     }
     machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine)
     assert config == {
@@ -129,7 +129,8 @@ def test_from_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ],
     }
     data = (layout / "blobs" / told["digest"].replace(":", "/")).read_bytes()
-    assert "sha256:" + hashlib.sha256(data).hexdigest() == told["digest"] == said["diff_id"]
+    assert digest_of(data) == told["digest"] == said["digest"]
+    assert digest_of(gzip.decompress(data)) == said["diff_id"]
 
 
 def test_the_same_bytes_on_another_day(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,6 +357,26 @@ def test_wrong_command_lines_make_nothing(place: Path) -> None:
     for base in ("nothing", f"{place}/l:other", f"{lower}", f"{lower}/changed"):
         layerfs(*common, *new, "--base", base, code=1)
         assert_equal(before, snapshot(place), labels=("before", base))
+
+
+def test_layers_of_images_are_gzip_unless_said_otherwise(place: Path) -> None:
+    upper, lower = upper_and_lower(place)
+    layout, tar = place / "l", place / "layer.tar"
+    commit = ("commit", "--upper", upper, "--lower", lower)
+    layerfs(*commit, "-o", tar)
+    assert tar.read_bytes()[257:262] == b"ustar"
+    (place / "flat.tar").write_bytes(tar_of({"a": b"1"}))
+    ways: tuple[tuple[str | Path, ...], ...] = (
+        commit,
+        ("squash", f"{layout}:base"),
+        ("import", place / "flat.tar"),
+    )
+    make_image(layout, "base", [BASE_LAYER])
+    for way in ways:
+        for options, suffix in (((), "+gzip"), (("--compression", "none"), ""), (("--level", "6"), "+gzip")):
+            layerfs(*way, "--layout", f"{layout}:t", *options)
+            (layer,) = manifest_of(layout, "t")["layers"]
+            assert layer["mediaType"] == PLAIN + suffix, (way, options)
 
 
 def test_a_commit_leaves_the_right_images_alone(place: Path) -> None:

@@ -258,7 +258,7 @@ def test_evil_layers_are_refused_as_by_apply() -> None:
         (["/proc/self/mem", "--layout", "L:t"], "layerfs import: /proc/self/mem: Input/output error"),
         (["a.tar"], "Missing option '--layout'"),
         (["a.tar", "--layout", "L:t", "--change", "FROM x"], "not an instruction"),
-        (["a.tar", "--layout", "L:t", "--level", "1"], "has no levels"),
+        (["a.tar", "--layout", "L:t", "--compression", "none", "--level", "1"], "has no levels"),
         (["a.tar", "--layout", "L:no tag"], "is no tag"),
     ],
 )
