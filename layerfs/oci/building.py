@@ -150,7 +150,7 @@ class Builder:
             known.member = member
         else:
             try:
-                parent.known.children[name] = self._put(parent, name, member, reader)
+                parent.known.put(name, self._put(parent, name, member, reader))
             except LeftOut:
                 self._tally.add("a device, which only real root can make: left out", member.name)
                 self._left_out.add(member.name)

@@ -24,6 +24,10 @@ class Made(enum.Enum):
     DIRECTORY = enum.auto()
 
 
+#: Of all that have none: most are no directories.
+_NO_CHILDREN: dict[bytes, Known] = {}
+
+
 class Known:
     """What is known of one name. Made where there is something to know; `OBJECT` stands for the many of which
     nothing else is."""
@@ -31,7 +35,8 @@ class Known:
     __slots__ = ("children", "emptied", "hidden", "made", "member", "missing", "pruned", "touched")
 
     def __init__(self) -> None:
-        self.children: dict[bytes, Known] = {}
+        #: written by `child` and `put` alone
+        self.children = _NO_CHILDREN
         self.made = Made.NOTHING
         #: how a directory is to look at the end
         self.member: Member | None = None
@@ -67,11 +72,17 @@ class Known:
         """What is known of `name`, to be written in."""
         found = self.children.get(name)
         if found is None or found is OBJECT:
-            fresh = self.children[name] = Known()
+            fresh = Known()
             if found is not None:
                 fresh.made = found.made
+            self.put(name, fresh)
             return fresh
         return found
+
+    def put(self, name: bytes, known: Known) -> None:
+        if self.children is _NO_CHILDREN:
+            self.children = {}
+        self.children[name] = known
 
     def at(self, path: bytes) -> Known:
         """The same of `path` below this."""

@@ -64,9 +64,30 @@ class _Name:
         self.asked = False
 
     def child(self, name: bytes) -> _Name:
+        """What is under `name`, to be written in."""
+        found = self.children.get(name) if self.children is not None else None
+        if found is None or found is _LEAVES.get(found.kind):
+            fresh = _Name()
+            if found is not None:
+                fresh.kind = found.kind
+            self.put(name, fresh)
+            return fresh
+        return found
+
+    def put(self, name: bytes, found: _Name) -> None:
         if self.children is None:
             self.children = {}
-        return self.children.setdefault(name, _Name())
+        self.children[name] = found
+
+
+def _leaf(kind: Kind) -> _Name:
+    leaf = _Name()
+    leaf.kind = kind
+    return leaf
+
+
+#: What the layer made that is no directory: nothing else counts under such a name. Never changed.
+_LEAVES: dict[Kind | None, _Name] = {kind: _leaf(kind) for kind in Kind if kind is not Kind.DIR}
 
 
 class Plan:
@@ -112,14 +133,15 @@ class Plan:
             return
         # A link to a symbolic link is one.
         kind = self._need_partner(member) if member.kind is Kind.HARDLINK else member.kind
-        if kind is Kind.DIR:
-            self._walk(member.name, f"member {display(member.name)}", make=False)  # finds mount points
-        made = self._here[1].child(name)
-        if made.kind not in (None, kind) and Kind.DIR in (made.kind, kind):
-            # Where something else than a directory was, nothing of the target comes back.
-            made.children = None
-            made.gone = True
-        made.kind = kind
+        here = self._here[1]
+        if kind is not Kind.DIR:
+            here.put(name, _LEAVES[kind])
+            return
+        self._walk(member.name, f"member {display(member.name)}", make=False)  # finds mount points
+        made = here.child(name)
+        if made.kind not in (None, Kind.DIR):
+            made.gone = True  # where something else was, nothing of the target comes back
+        made.kind = Kind.DIR
 
     def _need_partner(self, member: Member) -> Kind:
         """What a hard link joins."""
@@ -148,7 +170,7 @@ class Plan:
             assert found is not None, "a directory is known by now"
             above, found = found, found.children.get(part) if found.children is not None else None
             below = None
-            if visible and (found is None or not found.gone):
+            if visible and (found is None or (not found.gone and found.kind in (None, Kind.DIR))):
                 if found is not None and found.asked:
                     below = found.below
                 else:
