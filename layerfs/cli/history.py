@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import click
 
+from layerfs.cli import talk
 from layerfs.oci.image import History, Image, ImageLayer
 from layerfs.oci.member import display
 from layerfs.oci.references import open_image
@@ -24,21 +25,24 @@ def command(image: str, as_json: bool) -> int:
     SIZE is that of the layer as it is stored, often compressed; '-': the step made no layer. On a terminal
     long commands are cut, elsewhere they are whole.
     """
-    steps = list(_steps(open_image(image)))[::-1]
+    found = open_image(image)
+    steps = list(_steps(found))[::-1]
     if as_json:
         print(json.dumps([_as_json(step, layer) for step, layer in steps]))
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print("\n".join(_table(steps, width)))
+    if found.config.history_fault:
+        talk.note("layerfs history", found.config.history_fault)
     return 0
 
 
 def _steps(image: Image) -> Iterator[tuple[History, ImageLayer | None]]:
-    """Each step, the oldest first, with the layer that it made. Layers without a history are steps without a
-    word."""
+    """Each step, the oldest first, with the layer that it made, as far as there is one. Layers without a
+    history are steps without a word."""
     layers = iter(image.layers)
     for step in image.config.history:
-        yield step, None if step.empty_layer else next(layers)
+        yield step, None if step.empty_layer else next(layers, None)
     yield from zip(itertools.repeat(History()), layers)
 
 

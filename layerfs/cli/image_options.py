@@ -132,7 +132,15 @@ def commit_image(
 
     appended = append_layer(target.path, target.tag, target.base, target.options, write)
     assert summary is not None
+    if target.base is not None and not appended.same:
+        tell_completed("layerfs commit", target.base)
     return summary, appended
+
+
+def tell_completed(program: str, base: Image) -> None:
+    """A note where the new image has a better history than its base."""
+    if fault := base.config.history_fault:
+        talk.note(program, f"{fault}: completed in the new one")
 
 
 def _compare_with_base(target: Target, stack: Stack) -> None:

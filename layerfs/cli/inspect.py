@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import click
 
+from layerfs.cli import talk
 from layerfs.oci.image import Image
 from layerfs.oci.member import display
 from layerfs.oci.references import open_image
@@ -27,6 +28,8 @@ def command(image: str, as_json: bool) -> int:
     """
     found = open_image(image)
     print(json.dumps(_as_json(found)) if as_json else "\n".join(_lines(found)))
+    if found.config.history_fault:
+        talk.note("layerfs inspect", found.config.history_fault)
     return 0
 
 

@@ -73,18 +73,21 @@ def layer_output(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def packing(command: Callable[..., int]) -> Callable[..., int]:
-    """Adds --compression and --level, checked."""
+    """Adds --compression and --level, checked. A layer of an image is gzip unless somebody says something
+    else: it is likely to go to a registry, and every program reads it. `command` makes an image when it gets
+    a `layout`, or a `target` in its place (`image_options`)."""
 
     @click.option(
         "--compression",
         type=click.Choice(COMPRESSIONS),
-        default="none",
-        show_default=True,
-        help="Of the layer.",
+        help="Of the layer. [default: gzip in an image (--layout), else none]",
     )
     @click.option("--level", type=int, metavar="N", help="Of the compression. [default: a fast one]")
     @wraps(command)
-    def told(*arguments: Any, compression: str, level: int | None, **rest: Any) -> int:
+    def told(*arguments: Any, compression: str | None, level: int | None, **rest: Any) -> int:
+        if compression is None:
+            image = rest.get("layout") is not None or rest.get("target") is not None
+            compression = "gzip" if image else "none"
         check_level(compression, level)
         return command(*arguments, compression=compression, level=level, **rest)
 

@@ -9,7 +9,14 @@ from functools import partial
 import click
 
 from layerfs.cli import talk
-from layerfs.cli.image_options import Target, author_option, image_as_json, image_lines, message_option
+from layerfs.cli.image_options import (
+    Target,
+    author_option,
+    image_as_json,
+    image_lines,
+    message_option,
+    tell_completed,
+)
 from layerfs.cli.layer_output import LayerOutput, layer_as_json, layer_lines, layer_output
 from layerfs.cli.progress import bar
 from layerfs.errors import UsageError
@@ -81,6 +88,7 @@ def command(
     with bar("squash", quiet=as_json) as progress:
         made, joined, written = squash(path, tag, image, begin, options, sink, progress)
     _tell(joined)
+    tell_completed(_PROGRAM, image)
     target = Target(path, tag, image, options)
     if as_json:
         print(json.dumps(_as_json(joined, written, count) | image_as_json(target, made)))

@@ -21,6 +21,7 @@ from layerfs.fdutil.syscalls import (
     renameat2,
     syncfs,
 )
+from layerfs.fdutil.temporary import temporary_place
 from layerfs.fdutil.xattrs import at_path, fd_path, lgetxattr, lsetxattr, proc_path, stand_in_proc
 
 __all__ = [
@@ -53,4 +54,5 @@ __all__ = [
     "renameat2",
     "stand_in_proc",
     "syncfs",
+    "temporary_place",
 ]

@@ -153,8 +153,7 @@ class _Draft:
         """The config with the new layer, or with none."""
         rootfs = self._config.setdefault("rootfs", {"type": "layers"})
         diff_ids = list(rootfs.get("diff_ids") or ())
-        # an image without a history gets empty entries: a history tells of all layers or of none
-        history = list(self._config.get("history") or [{} for _ in diff_ids])
+        history = self._base.config.whole_history() if self._base is not None else []
         options = self._options
         entry: dict[str, Any] = {"created": self._created, "created_by": options.created_by}
         if options.author:

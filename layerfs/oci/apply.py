@@ -22,9 +22,10 @@ import time
 
 from layerfs.errors import LayerError, TarError
 from layerfs.fdutil import OwnedFd, at_path
-from layerfs.oci.beneath import ROOT, in_the_way, is_behind_link, names_in, remove, subdirectory
-from layerfs.oci.building import Applied, Builder, refusal
-from layerfs.oci.making import Parent, clean_acls
+from layerfs.oci.beneath import ROOT, in_the_way, is_behind_link, names_in, remove
+from layerfs.oci.building import Applied, Builder, OpenParent, refusal
+from layerfs.oci.known import OBJECT, Known
+from layerfs.oci.making import clean_acls
 from layerfs.oci.member import Kind, Member, display, join, made_up_time, split
 from layerfs.oci.plan import Plan
 from layerfs.oci.progress import Progress
@@ -85,15 +86,16 @@ class _Applier(Builder):
 
     # --- making ---
 
-    def _put(self, parent: Parent, name: bytes, member: Member, reader: TarReader) -> None:
+    def _put(self, parent: OpenParent, name: bytes, member: Member, reader: TarReader) -> Known:
         """A new name is used at once. When we are killed it may stand for a part, which the next attempt
         replaces; a temporary name would stay for ever."""
         try:
             self._make(parent, name, member, reader)
         except FileExistsError:
             self._replace(parent, name, member, reader)
+        return OBJECT
 
-    def _replace(self, parent: Parent, name: bytes, member: Member, reader: TarReader) -> None:
+    def _replace(self, parent: OpenParent, name: bytes, member: Member, reader: TarReader) -> None:
         """The object that is there stays until the new one is whole."""
         self._make(parent, self._temporary, member, reader)
         fd = parent.fd.fd
@@ -112,7 +114,7 @@ class _Applier(Builder):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary, dir_fd=fd)
 
-    def _put_directory(self, parent: Parent, name: bytes, member: Member) -> None:
+    def _put_directory(self, parent: OpenParent, name: bytes, member: Member) -> None:
         fd = parent.fd.fd
         try:
             st = os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -123,6 +125,7 @@ class _Applier(Builder):
             st = None
         if st is None:
             os.mkdir(name, 0o700, dir_fd=fd)
+            parent.known.child(name).pruned = True
             if parent.has_default_acl:
                 clean_acls(at_path(fd, name))
         elif not self._maker.privileged and st.st_mode & 0o700 != 0o700:
@@ -147,42 +150,48 @@ class _Applier(Builder):
         parent = self._to_hide_in(directory, member)
         if parent is None:
             return
-        path = join(directory, name)
-        if name in self._own.get(directory, ()):
-            inner = subdirectory(parent, name)
-            if inner is not None:
-                self._hide_attributes(path)
-            self._prune(path, inner)
-        else:
-            self._touch(directory, parent)
-            self._remove(parent, path)
+        known = self._known.at(directory)
+        child = known.children.get(name)
+        if child is None or not child.is_own:
+            self._touch(known, parent)
+            self._remove(parent, join(directory, name))
+        elif child.is_own_directory:
+            path = join(directory, name)
+            self._hide_attributes(path, child)
+            self._prune(path, child)
 
     def _hide_all(self, directory: bytes, member: bytes) -> None:
-        self._prune(directory, self._to_hide_in(directory, member))
-
-    def _prune(self, path: bytes, fd: OwnedFd | None) -> None:
-        """Removes everything below the directory `path` (`fd`) that this layer did not make."""
-        if fd is None:
+        known = self._known.find(directory)
+        if known is not None and known.pruned:
             return
-        todo = [path]
-        while todo:
-            path = todo.pop()
-            fd = self._open(path)
-            own = self._own.get(path, set())
-            for name in names_in(fd):
-                if name not in own:
-                    self._touch(path, fd)
-                    self._remove(fd, join(path, name))
-                elif subdirectory(fd, name) is not None:
-                    self._hide_attributes(join(path, name))
-                    todo.append(join(path, name))
+        if self._to_hide_in(directory, member) is not None:
+            self._prune(directory, self._known.at(directory))
 
-    def _hide_attributes(self, path: bytes) -> None:
+    def _prune(self, path: bytes, known: Known) -> None:
+        """Removes everything below the directory `path` that this layer did not make. What comes into it from
+        then on is the layer's own: so each directory is looked at once, however often it is hidden."""
+        todo = [(path, known)]
+        while todo:
+            path, known = todo.pop()
+            if known.pruned:
+                continue
+            fd = self._open(path)
+            for name in names_in(fd):
+                child = known.children.get(name)
+                if child is None or not child.is_own:
+                    self._touch(known, fd)
+                    self._remove(fd, join(path, name))
+                elif child.is_own_directory:
+                    self._hide_attributes(join(path, name), child)
+                    todo.append((join(path, name), child))
+            known.pruned = True
+
+    def _hide_attributes(self, path: bytes, known: Known) -> None:
         """A directory that was hidden below has no attributes to give to the one that the layer implies,
         wherever the whiteout stands."""
-        if path not in self._directories:
+        if known.member is None:
             now = time.time_ns() if self._implied_ns is None else self._implied_ns
-            self._directories[path] = Member(path, Kind.DIR, 0o755, os.geteuid(), os.getegid(), now)
+            known.member = Member(path, Kind.DIR, 0o755, os.geteuid(), os.getegid(), now)
 
     def _remove(self, parent: OwnedFd, path: bytes) -> None:
         """Removes the tree `path`, whose directory is `parent`, and forgets it; nothing there: nothing

@@ -22,7 +22,7 @@ from layerfs.fdutil import (
     at_path,
     openat2,
 )
-from layerfs.oci.member import display, join
+from layerfs.oci.member import display
 
 #: How a directory is opened that may be a user's own choice: links in its path are his.
 ROOT = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -55,14 +55,13 @@ def subdirectory(parent: OwnedFd, name: bytes) -> OwnedFd | None:
 
 def is_behind_link(root: OwnedFd, path: bytes) -> bool:
     """Whether a symbolic link is what keeps the directory `path` from being opened."""
-    here = b""
+    here = root
     for part in path.split(b"/"):
-        here = join(here, part)
         try:
-            fd = open_beneath(root.fd, here, os.O_PATH | os.O_NOFOLLOW)
+            here = open_beneath(here.fd, part, os.O_PATH | os.O_NOFOLLOW)
         except FileNotFoundError:
             return False
-        mode = os.fstat(fd.fd).st_mode
+        mode = os.fstat(here.fd).st_mode
         if not stat.S_ISDIR(mode):
             return stat.S_ISLNK(mode)
     return False

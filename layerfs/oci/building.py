@@ -11,18 +11,17 @@ import contextlib
 import os
 import stat
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from layerfs.errors import LayerError
 from layerfs.fdutil import OwnedFd, at_path, fd_path
 from layerfs.oci.beneath import DIRECTORY, DIRECTORY_PATH, in_the_way, open_beneath
+from layerfs.oci.known import OBJECT, Known, Made
 from layerfs.oci.making import Births, LeftOut, ObjectMaker, Parent, clean_acls, has_default_acl, owner_of
-from layerfs.oci.member import Kind, Mark, Member, display, join, split
+from layerfs.oci.member import Kind, Mark, Member, display, split
 from layerfs.oci.plan import check_names, is_whiteout_device
 from layerfs.oci.tally import Tally
 from layerfs.oci.tarreader import TarReader
 
-_T = TypeVar("_T")
 #: Parents that are kept open: archives go through a tree in order, and come back to the directories above.
 _OPEN_PARENTS = 32
 
@@ -43,6 +42,13 @@ def refusal(error: OSError) -> str:
     return f"{error.strerror}{where}"
 
 
+@dataclass(slots=True, kw_only=True)
+class OpenParent(Parent):
+    """One that is kept open, and what the layer has done in it."""
+
+    known: Known
+
+
 class Builder:
     """One layer being made below `root`. Subclasses publish objects and carry out whiteouts."""
 
@@ -56,20 +62,13 @@ class Builder:
         self._implied_ns = implied_ns
         self._tally = Tally()
         self._maker = ObjectMaker(self._tally)
-        self._parents: dict[bytes, Parent] = {}
+        self._parents: dict[bytes, OpenParent] = {}
         #: by file system, group and setgid bit of the directory
         self._births: dict[tuple[int, int, int], Births] = {}
-        #: Names that this layer has made, by directory, directories on the way to them included: whiteouts
-        #: hide the layers below only.
-        self._own: dict[bytes, set[bytes]] = {}
-        #: Those among them that no member has named (yet).
-        self._implied: set[bytes] = set()
-        #: Directories of this layer: their attributes are set at the end, as making things in them changes
-        #: times, and modes may forbid it.
-        self._directories: dict[bytes, Member] = {}
-        #: Directories that the layer does not name and that were changed all the same: the time and the mode
-        #: to leave them with.
-        self._touched: dict[bytes, tuple[int, int]] = {}
+        #: What this layer has done. Attributes of directories are set at the end, as making things in them
+        #: changes times, and modes may forbid it.
+        self._known = Known()
+        self._known.made = Made.DIRECTORY  # there is a root, whoever names it
         self._left_out: set[bytes] = set()
         self._result = Applied()
 
@@ -105,16 +104,17 @@ class Builder:
         """An opaque mark: the same for everything in `directory`."""
         raise NotImplementedError
 
-    def _put(self, parent: Parent, name: bytes, member: Member, reader: TarReader) -> None:
-        """Makes an object that is no directory; whatever was there goes. Raises LeftOut."""
+    def _put(self, parent: OpenParent, name: bytes, member: Member, reader: TarReader) -> Known:
+        """Makes an object that is no directory; whatever was there goes. Returns what is to be known of it.
+        Raises LeftOut."""
         raise NotImplementedError
 
-    def _put_directory(self, parent: Parent, name: bytes, member: Member) -> None:
+    def _put_directory(self, parent: OpenParent, name: bytes, member: Member) -> None:
         """Makes a directory, or leaves the one that is there; anything else that was there goes."""
         raise NotImplementedError
 
-    def _made_implied(self, path: bytes) -> None:
-        """The directory `path` was made because a member needs it."""
+    def _made_implied(self, known: Known) -> None:
+        """A directory was made because a member needs it."""
 
     # --- one member ---
 
@@ -137,26 +137,25 @@ class Builder:
             return
         if not member.name:
             self._result.members += 1
-            self._directories[b""] = member
+            self._known.member = member
             return
         parent = self._parents.get(directory) or self._open_parent(directory, member.name)
-        own = self._own.setdefault(directory, set())
-        if member.name in self._implied:
-            self._implied.discard(member.name)
-        elif name in own:
+        known = parent.known.children.get(name)
+        if known is not None and known.is_own and known.made is not Made.IMPLIED:
             self._tally.add("is in the layer more than once: the last one counts", member.name)
         if member.kind is Kind.DIR:
             self._put_directory(parent, name, member)
-            self._directories[member.name] = member
+            known = parent.known.child(name)
+            known.made = Made.DIRECTORY
+            known.member = member
         else:
             try:
-                self._put(parent, name, member, reader)
+                parent.known.put(name, self._put(parent, name, member, reader))
             except LeftOut:
                 self._tally.add("a device, which only real root can make: left out", member.name)
                 self._left_out.add(member.name)
                 return
         self._result.members += 1
-        own.add(name)
 
     def _make(self, parent: Parent, name: bytes, member: Member, reader: TarReader) -> None:
         """Makes `member` as the new name `name`. Raises LeftOut, OSError (EEXIST)."""
@@ -169,7 +168,7 @@ class Builder:
 
     # --- directories on the way ---
 
-    def _open_parent(self, path: bytes, member: bytes) -> Parent:
+    def _open_parent(self, path: bytes, member: bytes) -> OpenParent:
         """The directory `path`, made where the layer implies it without naming it.
 
         Raises TarError when something else is in the way."""
@@ -184,7 +183,12 @@ class Builder:
                 missing.append(name)
             except OSError as error:
                 raise in_the_way(self._root, here, f"member {display(member)}", error) from None
-        self._touch(here, fd)
+        known = self._known
+        for name in here.split(b"/") if here else ():
+            known = known.child(name)
+            if not known.is_own:
+                known.made = Made.IMPLIED
+        self._touch(known, fd)
         while missing:
             name = missing.pop()
             os.mkdir(name, 0o755, dir_fd=fd.fd)
@@ -192,23 +196,18 @@ class Builder:
                 clean_acls(at_path(fd.fd, name))
             fd = open_beneath(fd.fd, name, DIRECTORY)
             os.fchmod(fd.fd, 0o755)
-            here = join(here, name)
+            known = known.child(name)
+            known.made = Made.IMPLIED
+            known.pruned = True
             if self._implied_ns is not None:
-                self._touched[here] = (self._implied_ns, 0o755)
-            self._made_implied(here)
-        while here:
-            above, name = split(here)
-            own = self._own.setdefault(above, set())
-            if name in own:
-                break  # and so are those above it
-            own.add(name)
-            self._implied.add(here)
-            here = above
+                known.touched = (self._implied_ns, 0o755)
+            self._made_implied(known)
         if len(self._parents) >= _OPEN_PARENTS:
             self._forget_parents()
         st = os.fstat(fd.fd)
         births = self._births.setdefault((st.st_dev, st.st_gid, st.st_mode & stat.S_ISGID), Births())
-        parent = self._parents[path] = Parent(path, fd, self._has_default_acl(fd), births)
+        parent = OpenParent(path, fd, self._has_default_acl(fd), births, known=known)
+        self._parents[path] = parent
         return parent
 
     def _has_default_acl(self, directory: OwnedFd) -> bool:
@@ -225,15 +224,15 @@ class Builder:
         except PermissionError:
             if self._maker.privileged:
                 raise
-            self._touch(path, open_beneath(self._root.fd, path or b".", DIRECTORY_PATH))
+            self._touch(self._known.at(path), open_beneath(self._root.fd, path or b".", DIRECTORY_PATH))
             return open_beneath(self._root.fd, path or b".", DIRECTORY)
 
-    def _touch(self, path: bytes, fd: OwnedFd) -> None:
+    def _touch(self, known: Known, fd: OwnedFd) -> None:
         """To be called before names in a directory change. The layer may not name it, and then it looks
         afterwards as it did before."""
         st = os.fstat(fd.fd)
-        if path not in self._directories:
-            self._touched.setdefault(path, (st.st_mtime_ns, stat.S_IMODE(st.st_mode)))
+        if known.member is None and known.touched is None:
+            known.touched = (st.st_mtime_ns, stat.S_IMODE(st.st_mode))
         if not self._maker.privileged and st.st_mode & 0o700 != 0o700 and st.st_uid == os.geteuid():
             os.chmod(fd_path(fd.fd), stat.S_IMODE(st.st_mode) | 0o700)
 
@@ -241,50 +240,30 @@ class Builder:
         """Drops what was known of a tree that goes away, so that the end does not set its times on whatever
         comes in its place."""
         directory, name = split(path)
-        self._own.get(directory, set()).discard(name)
-        self._forget_parents()
-        if path not in self._own and path not in self._directories and path not in self._touched:
-            return
-        drop_tree(self._own, path)
-        drop_tree(self._directories, path)
-        drop_tree(self._touched, path)
-        drop_tree(self._implied, path)
+        above = self._known.find(directory)
+        gone = above.children.pop(name, None) if above is not None else None
+        if gone is not None and gone is not OBJECT:
+            self._forget_parents()  # some may be in it
 
     # --- at the end ---
 
     def _finish_directories(self) -> None:
-        """Owners, modes, xattrs and times of directories, deepest first: a parent's mode may forbid the way
-        to its children."""
+        """Owners, modes, xattrs and times of directories, those inside first: a parent's mode may forbid the
+        way to its children."""
         self._forget_parents()
-        for path in sorted(self._directories.keys() | self._touched.keys(), key=_depth, reverse=True):
-            member = self._directories.get(path)
-            if member is not None:
+        for path, known in self._known.walk():
+            if known.member is not None:
                 fd = self._open(path)
-                owner = owner_of(fd.fd)
                 self._maker.set_attributes(
-                    fd_path(fd.fd), member, follow=True, clean=self._replaces, owner=owner
+                    fd_path(fd.fd), known.member, follow=True, clean=self._replaces, owner=owner_of(fd.fd)
                 )
-                continue
-            try:
-                fd = self._open(path)
-            except (FileNotFoundError, NotADirectoryError):
-                continue  # it was touched, and then went with the tree that it was in
-            time, mode = self._touched[path]
-            st = os.fstat(fd.fd)
-            if stat.S_IMODE(st.st_mode) != mode:
-                os.fchmod(fd.fd, mode)
-            os.utime(fd.fd, ns=(st.st_atime_ns, time))
-
-
-def drop_tree(table: dict[bytes, _T] | set[bytes], path: bytes) -> None:
-    """Removes `path` and all below it from a table by paths."""
-    inside = path + b"/"
-    for gone in [key for key in table if key == path or key.startswith(inside)]:
-        if isinstance(table, set):
-            table.discard(gone)
-        else:
-            del table[gone]
-
-
-def _depth(path: bytes) -> int:
-    return path.count(b"/") + 1 if path else 0
+            elif known.touched is not None:
+                try:
+                    fd = self._open(path)
+                except (FileNotFoundError, NotADirectoryError):
+                    continue  # somebody else took it away
+                time, mode = known.touched
+                st = os.fstat(fd.fd)
+                if stat.S_IMODE(st.st_mode) != mode:
+                    os.fchmod(fd.fd, mode)
+                os.utime(fd.fd, ns=(st.st_atime_ns, time))

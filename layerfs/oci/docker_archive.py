@@ -144,6 +144,8 @@ class DockerArchive:
         try:
             path = plain_path(os.fsencode(name))
         except (TarError, UnicodeError):
+            path = b""
+        if not path or name.startswith("/"):
             raise ImageError(f"names a file outside of itself: {shown}") from None
         for _ in range(_MAX_LINKS):
             if (place := self._files.get(path)) is not None:

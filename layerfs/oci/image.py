@@ -11,6 +11,7 @@ Sources: OCI image-spec descriptor.md, image-index.md, manifest.md, config.md, m
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -171,6 +172,31 @@ class Config(_Document, frozen=True):
     def platform(self) -> Platform:
         return Platform(self.architecture, self.os, self.variant)
 
+    @property
+    def history_fault(self) -> str:
+        """What is wrong with the history, which tells of every layer or is absent (config.md); empty where
+        that is so. Only who writes a config has to mind."""
+        told, layers = sum(not entry.empty_layer for entry in self.history), len(self.rootfs.diff_ids)
+        if not self.history or told == layers:
+            return ""
+        return f"of {layers} layer{'s' if layers != 1 else ''} the history of the image tells of {told}"
+
+    def whole_history(self) -> list[dict[str, Any]]:
+        """The history for a config that is written, as JSON: one that tells of every layer. What is there
+        stays; entries without a word are put behind it for layers that it does not reach, and what it tells
+        beyond the last layer becomes entries without one.
+
+        Elsewhere: docker takes an image whose history is too short and refuses one that is too long, umoci
+        appends to either, buildah builds upon neither."""
+        entries = copy.deepcopy(self.raw.get("history") or [])
+        left = len(self.rootfs.diff_ids)
+        for entry, view in zip(entries, self.history, strict=True):
+            if not view.empty_layer:
+                if not left:
+                    entry["empty_layer"] = True
+                left -= left > 0
+        return [*entries, *({} for _ in range(left))]
+
 
 _D = TypeVar("_D", bound=_Document)
 _T = TypeVar("_T")
@@ -200,15 +226,10 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def parse_config(data: bytes) -> Config:
-    """Raises ImageError, also when history and layers do not match (config.md: `history` tells of every
-    layer, or is absent)."""
+    """Raises ImageError."""
     config = _parse(data, Config, "the image config", MAX_CONFIG)
-    layers = len(config.rootfs.diff_ids)
-    if layers > MAX_LAYERS:
+    if len(config.rootfs.diff_ids) > MAX_LAYERS:
         raise ImageError(f"the image is refused: it has more than {MAX_LAYERS} layers")
-    told = sum(not entry.empty_layer for entry in config.history)
-    if config.history and told != layers:
-        raise ImageError(f"the image config is wrong: its history tells of {told} layers, it has {layers}")
     return config
 
 

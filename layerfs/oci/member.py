@@ -113,18 +113,17 @@ def split(path: bytes) -> tuple[bytes, bytes]:
 
 
 def plain_path(raw: bytes, what: str = "member") -> bytes:
-    """The plain form of a name as a tar holds it (`./a//b/` is `a/b`; `.` and `/` are the root).
+    """The plain form of a name as a tar holds it (`./a//b/` and `/a/b` are `a/b`; `.` and `/` are the root).
 
-    Raises TarError for a name that is absolute, has a `..`, is empty, holds a NUL or is longer than a path
-    may be: nothing that would have to be interpreted is let in (DESIGN 6, "no name, link or whiteout may
+    A name that begins with a slash counts from the root of the layer, as GNU tar, docker, containerd, podman
+    and umoci have it. Raises TarError for a name that has a `..`, is empty, holds a NUL or is longer than a
+    path may be: nothing that would have to be interpreted is let in (DESIGN 6, "no name, link or whiteout may
     reach outside the layer")."""
     if not raw:
         raise TarError(f"a {what} has no name")
     if b"\0" in raw:
         raise TarError(f"{what} {display(raw)}: its name holds a NUL")
     parts = [part for part in raw.split(b"/") if part and part != b"."]
-    if raw.startswith(b"/") and parts:
-        raise TarError(f"{what} {display(raw)}: its name is absolute")
     if b".." in parts:
         raise TarError(f"{what} {display(raw)}: its name has a '..'")
     path = b"/".join(parts)
@@ -146,6 +145,11 @@ class Mark(enum.Enum):
     AUFS = enum.auto()
 
 
+def is_aufs(name: bytes) -> bool:
+    """Whether a single name is one of AUFS's own: all is passed over that has it, or lies below it."""
+    return name.startswith(2 * whiteout.PREFIX) and name != whiteout.OPAQUE_NAME
+
+
 def classify(name: bytes) -> tuple[Mark, bytes]:
     """What the last component `name` of a member is, and the name that it hides when it is a whiteout.
 
@@ -154,11 +158,11 @@ def classify(name: bytes) -> tuple[Mark, bytes]:
         return Mark.ENTRY, name
     if name == whiteout.OPAQUE_NAME:
         return Mark.OPAQUE, b""
+    if is_aufs(name):
+        return Mark.AUFS, name
     hidden = name[len(whiteout.PREFIX) :]
     if hidden in (b"", b".", b".."):
         raise TarError(f"member {display(name)}: a whiteout of nothing that can be named")
-    if hidden.startswith(whiteout.PREFIX):
-        return Mark.AUFS, name
     return Mark.WHITEOUT, hidden
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from layerfs.errors import LayerError
-from layerfs.fdutil import OwnedFd
+from layerfs.fdutil import OwnedFd, temporary_place
 from layerfs.oci.member import display
 from layerfs.oci.packed import Place
 
@@ -126,12 +126,8 @@ class Spool:
         return data[at - start : end - start]
 
 
-def _directory() -> str:
-    return os.environ.get("TMPDIR") or "/var/tmp"
-
-
 def _temporary() -> OwnedFd:
-    directory = _directory()
+    directory = temporary_place()
     try:
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
             return OwnedFd(os.dup(file.fileno()))
@@ -140,6 +136,6 @@ def _temporary() -> OwnedFd:
 
 
 def _no_room(error: OSError) -> LayerError:
-    where = display(os.fsencode(_directory()))
+    where = display(os.fsencode(temporary_place()))
     hint = "the layers' files are kept there for a while: point TMPDIR to a directory with room for them"
     return LayerError(f"{where}: {error.strerror}; {hint}", error.errno)

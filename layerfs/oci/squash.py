@@ -61,12 +61,11 @@ def _without_layers(path: str, image: Image, first: int) -> Image:
     """The image without its layers from number `first` on, which only the history still tells of."""
     config = copy.deepcopy(image.config.raw)
     config["rootfs"]["diff_ids"] = list(image.config.rootfs.diff_ids[:first])
-    layer = 0
-    for entry, view in zip(config.get("history") or (), image.config.history, strict=True):
-        if not view.empty_layer:
-            if layer >= first:
-                entry["empty_layer"] = True
-            layer += 1
+    if image.config.history:
+        config["history"] = image.config.whole_history()
+        layers = [entry for entry in config["history"] if not entry.get("empty_layer")]
+        for entry in layers[first:]:
+            entry["empty_layer"] = True
     manifest = image.manifest
     if manifest is not None:
         raw = copy.deepcopy(manifest.raw)

@@ -1,7 +1,8 @@
 """Directories that are made once and then only read: published whole under a key, or not at all. Two
 processes that want the same one meet at a lock. Does not know what is in them (`cache` does).
 
-    KIND/HEX/              an entry: `root/`, what was made, and `record.json`, what is known of it
+    KIND/HEX/              an entry: `root/`, what was made, and `record.json`, what is known of it (`names`:
+                           how many there are in the root)
     tmp/KIND-HEX/          the same, being made by whoever holds the lock
     locks/KIND-HEX         flock(2) of whoever makes the entry; the files stay
 
@@ -33,6 +34,8 @@ from layerfs.oci.member import display
 
 _ROOT = "root"
 _RECORD = "record.json"
+#: In the record: how many names the root had when it was published.
+_NAMES = "names"
 _MAX_RECORD = 256 << 20
 
 #: Fills the empty directory that a descriptor is of, and returns what is to be known of it (JSON; names of
@@ -81,7 +84,7 @@ class Store:
         try:
             with open(os.path.join(path, _RECORD), "rb") as file:
                 record = json.loads(file.read(_MAX_RECORD))
-            if isinstance(record, dict) and os.path.isdir(os.path.join(path, _ROOT)):
+            if isinstance(record, dict) and _is_whole(os.path.join(path, _ROOT), record):
                 return Made(os.path.join(path, _ROOT), record, new=False)
         except FileNotFoundError:
             if not os.path.lexists(path):
@@ -117,7 +120,7 @@ class Store:
             entry = OwnedFd(os.open(name, DIRECTORY, dir_fd=tmp.fd))
             os.mkdir(_ROOT, 0o700, dir_fd=entry.fd)
             root = OwnedFd(os.open(_ROOT, DIRECTORY, dir_fd=entry.fd))
-            record = make(root.fd)
+            record = make(root.fd) | {_NAMES: len(names_in(root))}
             _write(entry, json.dumps(record).encode())
             syncfs(entry.fd)
             kinds = OwnedFd(os.open(kind, DIRECTORY, dir_fd=self._fd.fd))
@@ -168,6 +171,17 @@ class Store:
             yield
         except OSError as error:
             raise LayerError(f"{self._shown} {what}: {error.strerror}", error.errno) from error
+
+
+def _is_whole(root: str, record: dict[str, Any]) -> bool:
+    """Whether an entry looks as it did when it was published: as far as one listing tells, for every mount
+    asks. It shows most of what a broken-off `rm -r` leaves."""
+    if not os.path.isdir(root):
+        return False
+    try:
+        return record.get(_NAMES) in (None, len(os.listdir(root)))
+    except PermissionError:  # an ordinary user's layer, whose root says so
+        return True
 
 
 def _write(directory: OwnedFd, data: bytes) -> None:

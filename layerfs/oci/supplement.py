@@ -12,8 +12,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from layerfs.errors import TarError
 from layerfs.fdutil import OwnedFd, at_path, fd_path
@@ -60,73 +60,110 @@ def describe(path: bytes, where: bytes, *, follow: bool) -> Member:
     return member_of(path, st, xattrs, target)
 
 
+@dataclass(slots=True)
+class _Directory:
+    """A merged directory. `names` are read when one is asked for; `inside`: what was found in it so far."""
+
+    lowers: tuple[LowerDir, ...]
+    names: dict[bytes, Entry] | None = None
+    inside: dict[bytes, _Found] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
     """An object of a merged tree: where it lies, and for a directory what makes it up."""
 
     home: LowerDir
-    parent: OwnedFd
     name: bytes
     entry: Entry
-    lowers: tuple[LowerDir, ...]
+    directory: _Directory | None
 
-    def describe(self, path: bytes) -> Member:
-        return describe(path, at_path(self.parent.fd, self.name), follow=False)
+
+@dataclass(slots=True)
+class _Shared:
+    """An object of the layers below that hard links join. `partners`: the names by which they join it."""
+
+    found: _Found
+    links: list[bytes] = field(default_factory=list)
+    partners: list[bytes] = field(default_factory=list)
+
+
+#: An object of a layer: its index, device and inode number.
+_Identity = tuple[int, int, int]
 
 
 class _Tree:
-    """Some layer directories, merged."""
+    """Some layer directories, merged. Each step of a way is taken once: many ways have the same beginning."""
 
     def __init__(self, layers: Sequence[str]) -> None:
-        self.layers = layers
+        self._layers = layers
         self._stack = Stack(layers, None, XattrNames(TRUSTED))
-        self._merged: dict[tuple[int, bytes], dict[bytes, Entry]] = {}
+        self.root = _Directory(tuple(layer.root for layer in self._stack.lowers))
 
     def close(self) -> None:
         self._stack.close()
 
-    def walk(self, path: bytes) -> Iterator[tuple[bytes, _Found]]:
-        """What stands under each beginning of `path`; ends at what is not there."""
-        lowers = tuple(layer.root for layer in self._stack.lowers)
-        here = b""
-        for name in path.split(b"/"):
-            if not lowers:
-                return
-            here = join(here, name)
-            entry = self._names(lowers).get(name)
-            if entry is None:
-                return
-            assert entry.home is not None, "there is no upper"
-            inner: tuple[LowerDir, ...] = ()
-            if entry.is_dir:
-                inner = lower_directories(self._stack, lowers, name, entry.lowers, None)
-            yield here, _Found(entry.home, self._stack.open(entry.home), name, entry, inner)
-            lowers = inner
+    def look(self, directory: _Directory, name: bytes) -> _Found | None:
+        """What is under `name` in `directory`."""
+        found = directory.inside.get(name)
+        if found is not None or not directory.lowers:
+            return found
+        if directory.names is None:
+            opened = [(lower, self._stack.open(lower)) for lower in directory.lowers]
+            directory.names = merge_directory(None, opened, self._stack.names).names
+        entry = directory.names.get(name)
+        if entry is None:
+            return None
+        assert entry.home is not None, "there is no upper"
+        inner = None
+        if entry.is_dir:
+            inner = _Directory(lower_directories(self._stack, directory.lowers, name, entry.lowers, None))
+        found = directory.inside[name] = _Found(entry.home, name, entry, inner)
+        return found
 
     def find(self, path: bytes) -> _Found | None:
-        for here, found in self.walk(path):
-            if here == path:
-                return found
-        return None
+        found: _Found | None = None
+        directory: _Directory | None = self.root
+        for name in path.split(b"/"):
+            if directory is None:
+                return None
+            found = self.look(directory, name)
+            if found is None:
+                return None
+            directory = found.directory
+        return found
 
-    def _names(self, lowers: tuple[LowerDir, ...]) -> dict[bytes, Entry]:
-        key = (lowers[0].layer.index, lowers[0].path)
-        if key not in self._merged:
-            opened = [(lower, self._stack.open(lower)) for lower in lowers]
-            self._merged[key] = merge_directory(None, opened, self._stack.names).names
-        return self._merged[key]
+    def parent(self, found: _Found) -> OwnedFd:
+        """The directory in which an object lies."""
+        return self._stack.open(found.home)
 
-    def other_names(self, found: _Found) -> Iterator[bytes]:
-        """Further names of a file in its own layer, hidden ones among them."""
-        st = os.stat(found.name, dir_fd=found.parent.fd, follow_symlinks=False)
-        if st.st_nlink < 2:
-            return
-        top = os.fsencode(self.layers[found.home.layer.index])
-        for directory, _, names in os.walk(top):
-            for name in names:
-                each = os.lstat(os.path.join(directory, name))
-                if (each.st_dev, each.st_ino) == (st.st_dev, st.st_ino):
-                    yield join(directory[len(top) + 1 :], name)
+    def stat(self, found: _Found) -> os.stat_result:
+        return os.stat(found.name, dir_fd=self.parent(found).fd, follow_symlinks=False)
+
+    def describe(self, found: _Found, path: bytes) -> Member:
+        return describe(path, at_path(self.parent(found).fd, found.name), follow=False)
+
+    def other_names(self, wanted: Collection[_Identity]) -> dict[_Identity, list[bytes]]:
+        """All names of some objects in their own layers, hidden ones among them. A layer is walked once."""
+        names: dict[_Identity, list[bytes]] = {each: [] for each in wanted}
+        for index in sorted({index for index, _, _ in wanted}):
+            inodes = {inode for layer, _, inode in wanted if layer == index}
+            top = OwnedFd(os.open(self._layers[index], ROOT))
+            todo = [b""]
+            while todo:
+                path = todo.pop()
+                fd = open_beneath(top.fd, path or b".", DIRECTORY)
+                with os.scandir(fd.fd) as entries:
+                    for entry in entries:
+                        name = os.fsencode(entry.name)
+                        if entry.is_dir(follow_symlinks=False):
+                            todo.append(join(path, name))
+                        elif entry.inode() in inodes:
+                            st = os.stat(name, dir_fd=fd.fd, follow_symlinks=False)
+                            found = names.get((index, st.st_dev, st.st_ino))
+                            if found is not None:
+                                found.append(join(path, name))
+        return names
 
 
 class _Supplement:
@@ -136,10 +173,14 @@ class _Supplement:
         self._layer = OwnedFd(os.open(layer, ROOT))
         self._leaning = leaning
         self._implied = frozenset(leaning.implied)
+        self._hidden = {*leaning.whiteouts, *leaning.opaque, *(name for name, _ in leaning.links)}
         self._below = _Tree(below)
         self._all = _Tree((layer, *below))
         self._marks = Marks.probe(root)
         self._maker = ObjectMaker(Tally())
+        #: directories below on the way to the one that was looked for last: they come in order, and a name of
+        #: 4 KiB may imply 2,000 of them
+        self._way: list[tuple[bytes, _Found]] = []
         #: what was made here so far; attributes come at the end
         self._directories: dict[bytes, Member] = {}
         self._objects = 0
@@ -160,8 +201,7 @@ class _Supplement:
             # A whiteout of nothing would be listed by kernel overlayfs.
             if self._directory_below(directory) is not None and self._below.find(path) is not None:
                 self._marks.hide(self._make_directory(directory).fd, name)
-        for partner in dict.fromkeys(partner for _, partner in self._leaning.links):
-            self._join(partner, [name for name, other in self._leaning.links if other == partner])
+        self._join_all()
         self._directories[b""] = root or describe(b"", fd_path(self._layer.fd), follow=True)
         for path in sorted(self._directories, reverse=True):
             fd = open_beneath(self._root.fd, path or b".", DIRECTORY)
@@ -172,20 +212,31 @@ class _Supplement:
         """The directory `path` of the layers below; None where they have none that the layer could mean.
 
         Raises TarError where something else is there that the layer does not replace."""
-        for here, found in self._below.walk(path):
-            if found.entry.is_dir:
-                if here == path:
-                    return found
+        way = self._way
+        while way and path != way[-1][0] and not path.startswith(way[-1][0] + b"/"):
+            way.pop()
+        here, found = way[-1] if way else (b"", None)
+        directory = self._below.root if found is None else found.directory
+        rest = path[len(here) :].removeprefix(b"/")
+        for name in rest.split(b"/") if rest else ():
+            assert directory is not None, "it ends at whatever is none"
+            found = self._below.look(directory, name)
+            if found is None:
+                return None
+            here = join(here, name)
+            directory = found.directory
+            if directory is not None:
+                way.append((here, found))
                 continue
             implied = here in self._implied
             if not implied and self._in_layer(here) is not None:
                 return None
-            if stat.S_ISLNK(os.stat(found.name, dir_fd=found.parent.fd, follow_symlinks=False).st_mode):
+            if stat.S_ISLNK(self._below.stat(found).st_mode):
                 raise behind_link(f"what the layer has in {display(path)}")
             if implied:
                 raise below_no_directory(f"what the layer has in {display(path)}")
             return None
-        return None
+        return found
 
     def _in_layer(self, path: bytes) -> Member | None:
         """What the layer itself has under `path`."""
@@ -198,25 +249,51 @@ class _Supplement:
 
     def _make_directory(self, path: bytes) -> Parent:
         """The directory `path` here, with those above it."""
-        here = b""
-        fd = self._root
-        for name in path.split(b"/") if path else ():
+        missing: list[bytes] = []
+        here = path
+        while here and here not in self._directories:
+            here, name = split(here)
+            missing.append(name)
+        fd = open_beneath(self._root.fd, here, DIRECTORY) if here else self._root
+        while missing:
+            name = missing.pop()
             here = join(here, name)
-            if here not in self._directories:
-                own = self._in_layer(here)
-                found = self._directory_below(here) if own is None or here in self._implied else None
-                os.mkdir(name, 0o700, dir_fd=fd.fd)
-                if found is not None:
-                    self._directories[here] = found.describe(here)
-                else:
-                    assert own is not None, "nothing is made in what nobody has"
-                    self._directories[here] = own
+            own = self._in_layer(here)
+            found = self._directory_below(here) if own is None or here in self._implied else None
+            os.mkdir(name, 0o700, dir_fd=fd.fd)
+            if found is not None:
+                self._directories[here] = self._below.describe(found, here)
+            else:
+                assert own is not None, "nothing is made in what nobody has"
+                self._directories[here] = own
             fd = open_beneath(fd.fd, name, DIRECTORY)
         return Parent(path, fd, has_default_acl=False)
 
-    def _join(self, partner: bytes, names: list[bytes]) -> None:
-        """Makes hard links to `partner` of the layers below: a copy, under all names that it has then."""
-        what = f"hard link {display(names[0])} to {display(partner)}"
+    # --- hard links ---
+
+    def _join_all(self) -> None:
+        """Makes what hard links join in the layers below: one copy of each object, under all names that it
+        has then."""
+        links: dict[bytes, list[bytes]] = {}
+        for name, partner in self._leaning.links:
+            links.setdefault(partner, []).append(name)
+        objects: dict[_Identity, _Shared] = {}
+        several = set()
+        for partner, names in links.items():
+            found = self._partner(partner, f"hard link {display(names[0])} to {display(partner)}")
+            st = self._below.stat(found)
+            identity = (found.home.layer.index, st.st_dev, st.st_ino)
+            shared = objects.setdefault(identity, _Shared(found))
+            shared.links += names
+            shared.partners.append(partner)
+            if st.st_nlink > 1:
+                several.add(identity)
+        others = self._below.other_names(several)
+        for identity, shared in objects.items():
+            self._join(shared, others.get(identity, []))
+
+    def _partner(self, partner: bytes, what: str) -> _Found:
+        """What hard links to `partner` join. Raises TarError."""
         directory = split(partner)[0]
         found = self._below.find(partner)
         if found is None or (directory and self._directory_below(directory) is None):
@@ -225,22 +302,27 @@ class _Supplement:
             raise TarError(f"{what}: that is not there")
         if found.entry.is_dir:
             raise TarError(f"{what}: that is a directory")
-        wanted = [*names]
-        for name in (partner, *self._below.other_names(found)):
-            if name not in wanted and self._is_seen(name, found):
-                wanted.append(name)
-        first, *others = wanted
-        self._copy(first, found)
-        for name in others:
+        return found
+
+    def _join(self, shared: _Shared, others: Iterable[bytes]) -> None:
+        """Makes a copy of an object, under all names that it has then."""
+        wanted = dict.fromkeys(shared.links)
+        for name in (*shared.partners, *others):
+            if name not in wanted and self._is_seen(name, shared.found):
+                wanted[name] = None
+        first, *more = wanted
+        self._copy(first, shared.found)
+        for name in more:
             parent = self._make_directory(split(name)[0])
             link = Member(name, Kind.HARDLINK, target=first)
             self._maker.hard_link(self._root, parent, split(name)[1], link)
 
     def _is_seen(self, name: bytes, found: _Found) -> bool:
         """Whether `name` is that very object below, and the layer lets it be seen."""
-        leaning = self._leaning
-        for hidden in (*leaning.whiteouts, *leaning.opaque, *(link for link, _ in leaning.links)):
-            if name == hidden or name.startswith(hidden + b"/"):
+        at = 0
+        while at >= 0:
+            at = name.find(b"/", at + 1)
+            if (name if at < 0 else name[:at]) in self._hidden:
                 return False
         seen = self._all.find(name)
         return (
@@ -252,11 +334,11 @@ class _Supplement:
     def _copy(self, path: bytes, found: _Found) -> None:
         directory, name = split(path)
         parent = self._make_directory(directory)
-        member = replace(found.describe(path), name=path)
+        member = self._below.describe(found, path)
         self._objects += 1
         if member.kind is Kind.FILE:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-            source = open_beneath(found.parent.fd, found.name, flags)
+            source = open_beneath(self._below.parent(found).fd, found.name, flags)
             self._maker.file(parent, name, member, _FileData(source))
         else:
             self._maker.special(parent, name, member)

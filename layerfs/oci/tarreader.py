@@ -19,6 +19,7 @@ from typing import Protocol
 
 from layerfs.errors import TarError
 from layerfs.oci.member import MAX_NAME, MAX_PATH, Kind, Member, display, plain_path
+from layerfs.oci.tally import Tally
 from layerfs.oci.tarwriter import BLOCK, XATTR_KEY, xattr_name
 
 #: Bytes of extended headers for one member. The kernel lets an inode carry a list of 64 KiB of xattr names
@@ -37,6 +38,7 @@ _MAX_SECONDS = 1 << 40
 #: Name, mode, uid, gid, size, mtime, (checksum), type, link, magic, (version, owner's names), device, prefix.
 _HEADER = struct.Struct("100s8s8s8s12s12s8x1s100s6s66x8s8s155s12x")
 _ZERO = bytes(BLOCK)
+_GLOBAL = "a global pax header was ignored"
 _RECORD = re.compile(rb"([0-9]{1,9}) ([^=]+)=")
 _TIME = re.compile(rb"(-?)([0-9]{1,13})(?:\.([0-9]*))?")
 _KINDS = {
@@ -149,6 +151,7 @@ class TarReader:
     def __init__(self, source: Source, notes: list[str] | None = None) -> None:
         self._source = source
         self.notes: list[str] = notes if notes is not None else []
+        self._tally = Tally()
         self._left = 0
         self._padding = 0
         self._name = b""
@@ -223,8 +226,8 @@ class TarReader:
                 raise self._truncated()
             body = body[:size]
             if kind == b"g":
-                if any(key != b"comment" for key in parse_records(body)):
-                    self.notes.append("a global pax header was ignored")
+                if any(key != b"comment" for key in parse_records(body)) and _GLOBAL not in self.notes:
+                    self.notes.append(_GLOBAL)
             elif kind in b"xX":
                 if records is not None:
                     raise TarError("the layer is damaged: two pax headers for one member")
@@ -253,7 +256,7 @@ class TarReader:
             raise TarError(f"member {display(name)} is of a type that layers do not have ({flag!r})")
         if kind is Kind.FILE and name.endswith(b"/"):
             kind = Kind.DIR  # how V7 marked directories
-        path = plain_path(name)
+        path = self._plain(name)
         if not path and kind is not Kind.DIR:
             raise TarError(f"member {display(name)}: the root of a layer is a directory")
         told = self._size(path, records, size)
@@ -273,6 +276,12 @@ class TarReader:
             self._device(path, major, minor) if kind in _DEVICES else (0, 0),
             self._xattrs(path, records) if records else {},
         )
+
+    def _plain(self, name: bytes, what: str = "member") -> bytes:
+        path = plain_path(name, what)
+        if path and name.startswith(b"/"):
+            self._tally.add("its name begins with a slash, which was taken away", path)
+        return path
 
     # --- the fields of a member, which has a name by now ---
 
@@ -309,13 +318,12 @@ class TarReader:
             raise TarError(f"member {display(path)} has an impossible device number")
         return major, minor
 
-    @staticmethod
-    def _target(path: bytes, kind: Kind, link: bytes) -> bytes:
+    def _target(self, path: bytes, kind: Kind, link: bytes) -> bytes:
         if kind is Kind.SYMLINK:
             if not link or b"\0" in link or len(link) > MAX_PATH:
                 raise TarError(f"member {display(path)} is a symbolic link to nothing that can be named")
             return link
-        target = plain_path(link, f"hard link {display(path)} to")
+        target = self._plain(link, f"hard link {display(path)} to")
         if not target or target == path:
             raise TarError(f"member {display(path)} is a hard link to itself or to the root")
         return target
@@ -345,3 +353,4 @@ class TarReader:
             if not noted and data.strip(b"\0"):
                 self.notes.append("data behind the end mark were ignored")
                 noted = True
+        self.notes.extend(self._tally.lines())

@@ -21,21 +21,26 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from layerfs.errors import LayerError, LayerfsError, TarError
 from layerfs.fdutil import OwnedFd, fd_path
 from layerfs.ids import DiffId
 from layerfs.oci.beneath import ROOT, behind_link, below_no_directory, remove, subdirectory
-from layerfs.oci.building import Builder, drop_tree, refusal
-from layerfs.oci.making import Parent, clean_acls
+from layerfs.oci.building import Builder, OpenParent, refusal
+from layerfs.oci.known import OBJECT, Known, Made
+from layerfs.oci.making import clean_acls
 from layerfs.oci.marking import Marks
 from layerfs.oci.member import Kind, Member, display, join, split
 from layerfs.oci.progress import Progress
 from layerfs.oci.streams import LayerSource
 from layerfs.oci.tarreader import TarReader
 from layerfs.oci.told import reader
+
+#: Bytes of names in a `Leaning`. A member with a name of 4 KiB can imply 2,000 directories with 4 MiB of
+#: names.
+MAX_LEANING = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,34 +97,6 @@ def unpack_layer(source: LayerSource, directory: int, progress: Progress | None 
         )
 
 
-@dataclass(slots=True)
-class _Hiding:
-    """What a layer hides of those below, so far. Marks are written at the end, when it is known what else the
-    layer has."""
-
-    #: names whose object below is gone, with all below it
-    names: set[bytes] = field(default_factory=set)
-    #: directories that lose all that is below
-    emptied: set[bytes] = field(default_factory=set)
-
-    def shows(self, path: bytes) -> bool:
-        """Whether what the layers below have under `path` is still there, as far as whiteouts go."""
-        if not self.names and not self.emptied:
-            return True
-        return path not in self.names and not any(
-            above in self.emptied or above in self.names for above in _above(path)
-        )
-
-    def forget(self, path: bytes) -> None:
-        drop_tree(self.names, path)
-        drop_tree(self.emptied, path)
-
-    def replace(self, path: bytes) -> None:
-        """The directory `path` of this layer has nothing to do with what is below."""
-        self.names.add(path)
-        self.emptied.add(path)
-
-
 class _Unpacker(Builder):
     """`run` fills in what the layer leaves to others."""
 
@@ -129,8 +106,6 @@ class _Unpacker(Builder):
         super().__init__(root, 0)
         clean_acls(fd_path(root.fd))
         self._marks = Marks.probe(root)
-        self._hiding = _Hiding()
-        self._missing: dict[bytes, bytes] = {}
         self._temporary = b".layerfs-unpack-" + secrets.token_hex(12).encode()
         self.root_named = False
         self.opaque_root = False
@@ -141,110 +116,129 @@ class _Unpacker(Builder):
 
     # --- making: nothing is here but what this layer made ---
 
-    def _put(self, parent: Parent, name: bytes, member: Member, reader: TarReader) -> None:
-        if member.kind is Kind.HARDLINK and self._is_below(member):
-            if name in self._own[parent.path]:
+    def _put(self, parent: OpenParent, name: bytes, member: Member, reader: TarReader) -> Known:
+        if member.kind is Kind.HARDLINK and (partner := self._partner_below(member)) is not None:
+            before = parent.known.children.get(name)
+            if before is not None and before.is_own:
                 self._replace(parent, name, member.name)
-            self._missing[member.name] = self._missing.get(member.target, member.target)
-            return
+            return _missing(partner)
         try:
             self._make(parent, name, member, reader)
         except FileExistsError:
             self._make(parent, self._temporary, member, reader)
             self._replace(parent, name, member.name)
             os.rename(self._temporary, name, src_dir_fd=parent.fd.fd, dst_dir_fd=parent.fd.fd)
-        if self._missing:
-            self._missing.pop(member.name, None)
+        return OBJECT
 
-    def _replace(self, parent: Parent, name: bytes, path: bytes) -> None:
+    def _replace(self, parent: OpenParent, name: bytes, path: bytes) -> None:
         """Takes away what this layer made under the name before."""
         self._forget(path)
-        self._hiding.forget(path)
-        inside = path + b"/"
-        for gone in [each for each in self._missing if each.startswith(inside)]:
-            del self._missing[gone]
         remove(parent.fd, name)
 
-    def _is_below(self, member: Member) -> bool:
-        """Whether the partner of a hard link is in a layer below. Raises TarError when it is nowhere."""
+    def _partner_below(self, member: Member) -> bytes | None:
+        """The partner of a hard link where that is in a layer below. Raises TarError when it is nowhere."""
         target = member.target
-        if target in self._missing:
-            return True
+        known = self._known.find(target)
+        if known is not None and known.missing is not None:
+            return known.missing
         wanted = f"hard link {display(member.name)} to {display(target)}"
         kind = self._kind_of(target, wanted)
         if kind is not None:
-            return False  # here, or an error for who makes it
-        if not self._hiding.shows(target):
+            return None  # here, or an error for who makes it
+        if not self._shows(target):
             raise TarError(f"{wanted}: that is not there")
-        return True
+        return target
 
-    def _put_directory(self, parent: Parent, name: bytes, member: Member) -> None:
-        path = member.name
+    def _put_directory(self, parent: OpenParent, name: bytes, member: Member) -> None:
+        known = parent.known.children.get(name)
+        replaces = known is not None and (known.hidden or known.missing is not None)
         try:
             os.mkdir(name, 0o700, dir_fd=parent.fd.fd)
-            if self._missing.pop(path, None) is not None:
-                self._hiding.replace(path)
         except FileExistsError:
             if subdirectory(parent.fd, name) is None:
                 os.unlink(name, dir_fd=parent.fd.fd)
                 os.mkdir(name, 0o700, dir_fd=parent.fd.fd)
-                self._hiding.replace(path)
-        if path in self._hiding.names:
-            self._hiding.replace(path)
+                replaces = True
+        if replaces:
+            known = parent.known.child(name)
+            known.missing = None
+            known.replace()
 
-    def _open_parent(self, path: bytes, member: bytes) -> Parent:
-        if self._missing:
-            for here in (*_above(path), path):
-                if here in self._missing:
-                    raise below_no_directory(f"member {display(member)}")
+    def _open_parent(self, path: bytes, member: bytes) -> OpenParent:
+        known = self._known
+        for part in path.split(b"/") if path else ():
+            below = known.children.get(part)
+            if below is None:
+                break
+            if below.missing is not None:
+                raise below_no_directory(f"member {display(member)}")
+            known = below
         return super()._open_parent(path, member)
 
-    def _made_implied(self, path: bytes) -> None:
-        if path in self._hiding.names:
-            self._hiding.replace(path)
+    def _made_implied(self, known: Known) -> None:
+        if known.hidden:
+            known.replace()
 
     # --- hiding ---
 
     def _hide(self, directory: bytes, name: bytes, member: bytes) -> None:
         path = join(directory, name)
-        if not self._may_hide_in(directory, member) or not self._hiding.shows(path):
+        if not self._may_hide_in(directory, member) or not self._shows(path):
             return
-        if self._is_own_directory(path):
-            self._hiding.replace(path)
-        else:
-            self._hiding.names.add(path)
+        known = self._known.find(path)
+        if known is None or not known.is_own:
+            self._known.at(path).hidden = True
+        elif known.is_own_directory:
+            known.replace()
 
     def _hide_all(self, directory: bytes, member: bytes) -> None:
-        if self._may_hide_in(directory, member) and (
-            self._hiding.shows(directory) or self._is_own_directory(directory)
-        ):
-            self._hiding.emptied.add(directory)
+        if not self._may_hide_in(directory, member):
+            return
+        known = self._known.find(directory)
+        if (known is not None and known.is_own_directory) or self._shows(directory):
+            self._known.at(directory).emptied = True
 
     def _may_hide_in(self, directory: bytes, member: bytes) -> bool:
         """Whether a whiteout in `directory` means anything. Raises TarError behind a symbolic link."""
         what = f"member {display(member)}"
         kind = self._kind_of(directory, what)
+        if kind is not Kind.FILE:
+            return True
         above, name = split(directory)
-        if kind is Kind.FILE and self._is_own_directory(above):
+        known = self._known.find(above)
+        if known is not None and known.is_own_directory:
             _raise_if_link(self._open(above), name, what)
-        return kind is not Kind.FILE
+        return False
 
-    def _is_own_directory(self, path: bytes) -> bool:
-        return not path or path in self._directories or path in self._implied
+    def _shows(self, path: bytes) -> bool:
+        """Whether what the layers below have under `path` is still there, as far as whiteouts go."""
+        known = self._known
+        for part in path.split(b"/") if path else ():
+            if known.emptied:
+                return False
+            below = known.children.get(part)
+            if below is None:
+                return True
+            if below.hidden:
+                return False
+            known = below
+        return True
 
     def _kind_of(self, path: bytes, what: str) -> Kind | None:
         """What this layer has under `path`: DIR, None for nothing, FILE for everything else, also above.
 
         Raises TarError behind a symbolic link."""
-        for here in (*_above(path), path):
-            if self._is_own_directory(here):
-                continue
-            directory, name = split(here)
-            if name not in self._own.get(directory, ()):
+        known = self._known
+        parts = path.split(b"/") if path else []
+        for number, part in enumerate(parts, 1):
+            below = known.children.get(part)
+            if below is None or not below.is_own:
                 return None
-            if here != path:
-                _raise_if_link(self._open(directory), name, what)
-            return Kind.FILE
+            if not below.is_own_directory:
+                if number < len(parts):
+                    _raise_if_link(self._open(b"/".join(parts[: number - 1])), part, what)
+                return Kind.FILE
+            known = below
         return Kind.DIR
 
     # --- at the end ---
@@ -254,40 +248,86 @@ class _Unpacker(Builder):
 
     def _finish_directories(self) -> None:
         self._write_marks()
-        self.root_named = b"" in self._directories
+        self.root_named = self._known.member is not None
         if not self.root_named:
-            self._directories[b""] = Member(b"", Kind.DIR, 0o755, os.geteuid(), os.getegid(), 0)
+            self._known.member = Member(b"", Kind.DIR, 0o755, os.geteuid(), os.getegid(), 0)
         super()._finish_directories()
 
     def _write_marks(self) -> None:
-        hiding = self._hiding
-        self.opaque_root = b"" in hiding.emptied
-        loose = [path for path in hiding.emptied if self._is_loose(path) and hiding.shows(path)]
-        for path in sorted(hiding.emptied - {b""}):
-            if self._is_own_directory(path) and _reaches(hiding, split(path)[0]):
-                self._marks.make_opaque(self._open(path))
-        whiteouts = []
-        for path in sorted(hiding.names):
-            directory, name = split(path)
-            if name in self._own.get(directory, ()) or not _reaches(hiding, directory):
+        self.opaque_root = self._known.emptied
+        implied: list[bytes] = []
+        links: list[tuple[bytes, bytes]] = []
+        whiteouts: list[bytes] = []
+        opaque: list[bytes] = []
+        held = 0
+        for place, name, known in self._all_known():
+            if known is OBJECT:
                 continue
-            if self._is_own_directory(directory):
-                self._marks.hide(self._open(directory), name)
-            elif self._is_loose(directory):
-                whiteouts.append(path)
+            path = join(place.path, name)
+            before = len(implied) + len(links) + len(whiteouts) + len(opaque)
+            if known.missing is not None:
+                links.append((path, known.missing))
+            if place.reached:
+                has = place.inside(name, known).has
+                if known.made is Made.IMPLIED and not known.hidden:
+                    implied.append(path)
+                if known.emptied and has is Kind.DIR:
+                    self._marks.make_opaque(self._open(path))
+                elif known.emptied and has is None and not known.hidden:
+                    opaque.append(path)
+                if known.hidden and not known.is_own:
+                    if place.has is Kind.DIR:
+                        self._marks.hide(self._open(place.path), name)
+                    elif place.has is None:
+                        whiteouts.append(path)
+            added = len(implied) + len(links) + len(whiteouts) + len(opaque) - before
+            held += added * (len(path) + len(known.missing or b""))
+            if held > MAX_LEANING:
+                raise TarError(
+                    "the layer is refused: names of which only the layers below can tell more take more than "
+                    f"{MAX_LEANING >> 20} MiB"
+                )
         self.leaning = Leaning(
-            tuple(path for path in sorted(self._implied) if hiding.shows(path)),
-            tuple(sorted(self._missing.items())),
-            tuple(whiteouts),
-            tuple(sorted(loose)),
+            tuple(sorted(implied)), tuple(sorted(links)), tuple(sorted(whiteouts)), tuple(sorted(opaque))
         )
 
-    def _is_loose(self, path: bytes) -> bool:
-        """Whether this layer has nothing under `path`, nor anything in the way to it."""
-        try:
-            return self._kind_of(path, "a whiteout") is None
-        except TarError:
-            return False  # behind a link, which came later
+    def _all_known(self) -> Iterator[tuple[_Place, bytes, Known]]:
+        """Every name of which something is known, in its directory."""
+        root = _Place(b"", Kind.DIR, not self._known.emptied)
+        levels = [(root, iter(self._known.children.items()))]
+        while levels:
+            place, children = levels[-1]
+            name, known = next(children, (b"", None))
+            if known is None:
+                levels.pop()
+                continue
+            yield place, name, known
+            if known.children:
+                levels.append((place.inside(name, known), iter(known.children.items())))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A directory. `has`: what the layer has there, as `_Unpacker._kind_of` says it. `reached`: names of
+    layers below are seen in it."""
+
+    path: bytes
+    has: Kind | None
+    reached: bool
+
+    def inside(self, name: bytes, known: Known) -> _Place:
+        has = self.has
+        if has is Kind.DIR:
+            has = (Kind.DIR if known.is_own_directory else Kind.FILE) if known.is_own else None
+        return _Place(join(self.path, name), has, self.reached and not known.hidden and not known.emptied)
+
+
+def _missing(partner: bytes) -> Known:
+    """What is known of a hard link to `partner` of a layer below."""
+    known = Known()
+    known.made = Made.OBJECT
+    known.missing = partner
+    return known
 
 
 def _raise_if_link(directory: OwnedFd, name: bytes, what: str) -> None:
@@ -298,18 +338,3 @@ def _raise_if_link(directory: OwnedFd, name: bytes, what: str) -> None:
         return  # a hard link whose partner is below
     if stat.S_ISLNK(mode):
         raise behind_link(what)
-
-
-def _reaches(hiding: _Hiding, directory: bytes) -> bool:
-    """Whether names of layers below are seen in `directory`."""
-    return directory not in hiding.emptied and hiding.shows(directory)
-
-
-def _above(path: bytes) -> Iterable[bytes]:
-    """The directories above `path`, the root first."""
-    if path:
-        yield b""
-        at = path.find(b"/")
-        while at >= 0:
-            yield path[:at]
-            at = path.find(b"/", at + 1)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from layerfs.errors import MountError
+from layerfs.fdutil import temporary_place
 from layerfs.vfs.checks import reason, shown
 from layerfs.vfs.config import StackConfig
 
@@ -41,16 +42,11 @@ class Ephemeral:
         os.close(self._lock)
 
 
-def base_directory() -> str:
-    """$TMPDIR, else /var/tmp: on disk, where /tmp often is memory."""
-    return os.environ.get("TMPDIR") or "/var/tmp"
-
-
 def make(config: StackConfig) -> tuple[Ephemeral, StackConfig]:
     """A new ephemeral upper for `config`, its root with the mode and owner of the top lower's. Raises
     MountError.
     """
-    base = base_directory()
+    base = temporary_place()
     path = os.path.join(base, f"{PREFIX}{os.getpid()}-{os.urandom(6).hex()}")
     try:
         os.mkdir(path, 0o700)
@@ -74,11 +70,11 @@ def make(config: StackConfig) -> tuple[Ephemeral, StackConfig]:
 
 
 def sweep() -> int:
-    """Remove what killed daemons of this user left in `base_directory()`. Returns how many; raises
+    """Remove what killed daemons of this user left in `temporary_place()`. Returns how many; raises
     nothing.
     """
     removed = 0
-    base = base_directory()
+    base = temporary_place()
     try:
         names = [name for name in os.listdir(base) if name.startswith(PREFIX)]
     except OSError:

@@ -4,7 +4,7 @@ Reads only. Nothing here knows of nodes, FUSE or the upper's writing side; all f
 threads.
 """
 
-from layerfs.stack.layer import Layer, LowerDir, Stack
+from layerfs.stack.layer import Layer, LowerDir, Stack, read_link
 from layerfs.stack.merge import Entry, Merged, merge_directory
 from layerfs.stack.resolve import Marks, data_source, lower_directories, own_redirect, read_marks
 
@@ -19,5 +19,6 @@ __all__ = [
     "lower_directories",
     "merge_directory",
     "own_redirect",
+    "read_link",
     "read_marks",
 ]

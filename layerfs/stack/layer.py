@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Sequence
 from functools import partial
 
@@ -30,6 +31,7 @@ from layerfs.overlay.names import XattrNames
 
 #: Bytes of a path that are handed to the kernel in one piece.
 _LONG = 3500
+_PATH_MAX = 4096
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -91,6 +93,22 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"<Layer {self.index} {self.path!r}>"
+
+
+def read_link(directory: OwnedFd, name: bytes) -> bytes:
+    """Where the symbolic link `name` leads, also where its layer keeps it as a file with the target in it
+    (`overlay.override`, containers/storage). Raises OSError."""
+    try:
+        return os.readlink(name, dir_fd=directory.fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    # Looked at first: opening a fifo, which somebody may have put there from outside, would block.
+    found = OwnedFd(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd))
+    if not stat.S_ISREG(os.fstat(found.fd).st_mode):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    file = OwnedFd(os.open(fd_path(found.fd), os.O_RDONLY | os.O_CLOEXEC))
+    return os.pread(file.fd, _PATH_MAX, 0)
 
 
 def _open_upper(path: str) -> int:

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 
 from layerfs.fdutil import Copied, OwnedFd, at_path, copy_data, fd_path
 from layerfs.overlay import override
+from layerfs.stack import read_link
 from layerfs.upper.steps import step
 from layerfs.upper.upper import Upper
 from layerfs.upper.work import remove_tree
-
-#: For opening what somebody may have replaced from outside: by a link, or by a fifo that would block.
-_NO_TRAP = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ def make(
                 os.ftruncate(fd.fd, size)
             step("copyup.data")
         elif stat.S_ISLNK(st.st_mode):
-            os.symlink(_target(source), temporary, dir_fd=work)
+            os.symlink(read_link(source.directory, source.name), temporary, dir_fd=work)
         else:
             os.mknod(temporary, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
         _copy_attributes(upper, source, temporary, metacopy=metacopy)
@@ -105,17 +103,6 @@ def make(
         remove_tree(work, temporary)
         raise
     return Copy(temporary, fd, result, copied)
-
-
-def _target(source: Source) -> bytes:
-    try:
-        return os.readlink(source.name, dir_fd=source.directory.fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    # A layer may keep a link as a file with its target in it (`overlay.override`).
-    fd = OwnedFd(os.open(source.name, os.O_RDONLY | _NO_TRAP, dir_fd=source.directory.fd))
-    return os.pread(fd.fd, 4096, 0)
 
 
 def fill(upper: Upper, target: OwnedFd, data: OwnedFd, size: int, cancelled: Callable[[], bool]) -> Copied:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import wraps
@@ -22,7 +21,7 @@ from layerfs.gate import Gate
 from layerfs.ids import NodeId
 from layerfs.overlay import override
 from layerfs.overlay.owners import CAPABILITY, Owners
-from layerfs.stack import Stack
+from layerfs.stack import Stack, read_link
 from layerfs.upper.upper import Upper
 from layerfs.vfs import inode_flags, kernel_index
 from layerfs.vfs.attributes import Attributes as AttributeChanges
@@ -38,7 +37,7 @@ from layerfs.vfs.node import Directory, File, Node
 from layerfs.vfs.passthrough import Passthrough
 from layerfs.vfs.rename import Rename
 from layerfs.vfs.tally import Tally
-from layerfs.vfs.tree import PATH_MAX, Attributes, Tree, fail
+from layerfs.vfs.tree import Attributes, Tree, fail
 from layerfs.vfs.unasked import Unasked
 
 if TYPE_CHECKING:
@@ -208,12 +207,8 @@ class Vfs:
     async def readlink(self, id: int) -> bytes:
         node = self.tree.node(id)
         fd, name = self.tree.where(node)
-        if self.stack.overrides and isinstance(node, File) and not node.in_upper:
-            # containers/storage may keep a link as a file with its target in it.
-            target = self.tree.object_path(fd, name)
-            if stat.S_ISREG(os.fstat(target.fd).st_mode):
-                file = self.tree.open_real(fd, name, os.O_RDONLY)
-                return os.pread(file.fd, PATH_MAX, 0)
+        if self.stack.overrides and not node.in_upper:
+            return read_link(fd, name)
         return os.readlink(name, dir_fd=fd.fd)
 
     async def statfs(self) -> os.statvfs_result:

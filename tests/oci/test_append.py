@@ -4,7 +4,7 @@ and runc see it."""
 from __future__ import annotations
 
 import copy
-import hashlib
+import gzip
 import json
 import os
 import shutil
@@ -114,7 +114,7 @@ def test_from_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "digest": said["image"]["id"],
             "size": (layout / "blobs" / said["image"]["id"].replace(":", "/")).stat().st_size,
         },
-        "layers": [{"mediaType": PLAIN, "digest": said["digest"], "size": said["size"]}],
+        "layers": [{"mediaType": f"{PLAIN}+gzip", "digest": said["digest"], "size": said["size"]}],
     }
     machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine)
     assert config == {
@@ -129,7 +129,8 @@ def test_from_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ],
     }
     data = (layout / "blobs" / told["digest"].replace(":", "/")).read_bytes()
-    assert "sha256:" + hashlib.sha256(data).hexdigest() == told["digest"] == said["diff_id"]
+    assert digest_of(data) == told["digest"] == said["digest"]
+    assert digest_of(gzip.decompress(data)) == said["diff_id"]
 
 
 def test_the_same_bytes_on_another_day(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +190,53 @@ def test_a_base_without_history_gets_entries(place: Path) -> None:
     make_image(layout, "base", [BASE_LAYER, tar_of({"b": b"2"})], history=None)
     append(layout, "new", f"{layout}:base", message="m")
     assert [each.get("comment") for each in config_of(layout, "new")["history"]] == [None, None, "m"]
+
+
+_EMPTY = {"created_by": "env", "empty_layer": True}
+
+
+@pytest.mark.parametrize(
+    ("history", "whole"),
+    [
+        ([{"created_by": "1"}, _EMPTY], [{"created_by": "1"}, _EMPTY, {}]),
+        ([_EMPTY], [_EMPTY, {}, {}]),
+        (
+            [{"created_by": "1"}, {"created_by": "2"}, {"created_by": "3"}],
+            [{"created_by": "1"}, {"created_by": "2"}, {"created_by": "3", "empty_layer": True}],
+        ),
+    ],
+    ids=["too short", "of no layer", "too long"],
+)
+def test_a_history_that_does_not_match_the_layers(
+    place: Path, history: list[dict[str, Any]], whole: list[dict[str, Any]]
+) -> None:
+    """Who reads the image takes it, and says so where he shows it; who writes one completes it."""
+    layout = place / "l"
+    make_image(layout, "base", [BASE_LAYER, tar_of({"b": b"2"})], history=history)
+    shown = json.loads(layerfs("history", "--json", f"{layout}:base"))[::-1]
+    assert [each["created_by"] for each in shown] == [each.get("created_by", "") for each in whole]
+    assert len([each for each in shown if each["size"]]) == 2
+    for command in (["inspect"], ["history"], ["squash", "--layout", f"{layout}:one", "--last", "1"]):
+        words = [sys.executable, "-m", "layerfs", *command, f"{layout}:base"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert f"of 2 layers the history of the image tells of {told(history)}" in done.stderr, command
+    layerfs("export", f"{layout}:base", "-o", place / "flat.tar")
+    assert len(LayerCache.default().layer_directories(open_image(f"{layout}:base"))) >= 2
+
+    append(layout, "new", f"{layout}:base", message="m")
+    assert config_of(layout, "new")["history"][:-1] == whole
+    append(layout, "same", f"{layout}:base", lambda fd: None)
+    assert config_of(layout, "same")["history"] == history, "the base as it is"
+    for tag, layers in (("new", 3), ("one", 2)):
+        assert told(config_of(layout, tag)["history"]) == layers
+        done = subprocess.run(
+            [sys.executable, "-m", "layerfs", "inspect", f"{layout}:{tag}"], capture_output=True, check=True
+        )
+        assert not done.stderr
+
+
+def told(history: list[dict[str, Any]]) -> int:
+    return sum(not entry.get("empty_layer") for entry in history)
 
 
 @pytest.mark.parametrize("form", ["other layout", "docker manifest", "docker archive", "oci archive"])
@@ -309,6 +357,26 @@ def test_wrong_command_lines_make_nothing(place: Path) -> None:
     for base in ("nothing", f"{place}/l:other", f"{lower}", f"{lower}/changed"):
         layerfs(*common, *new, "--base", base, code=1)
         assert_equal(before, snapshot(place), labels=("before", base))
+
+
+def test_layers_of_images_are_gzip_unless_said_otherwise(place: Path) -> None:
+    upper, lower = upper_and_lower(place)
+    layout, tar = place / "l", place / "layer.tar"
+    commit = ("commit", "--upper", upper, "--lower", lower)
+    layerfs(*commit, "-o", tar)
+    assert tar.read_bytes()[257:262] == b"ustar"
+    (place / "flat.tar").write_bytes(tar_of({"a": b"1"}))
+    ways: tuple[tuple[str | Path, ...], ...] = (
+        commit,
+        ("squash", f"{layout}:base"),
+        ("import", place / "flat.tar"),
+    )
+    make_image(layout, "base", [BASE_LAYER])
+    for way in ways:
+        for options, suffix in (((), "+gzip"), (("--compression", "none"), ""), (("--level", "6"), "+gzip")):
+            layerfs(*way, "--layout", f"{layout}:t", *options)
+            (layer,) = manifest_of(layout, "t")["layers"]
+            assert layer["mediaType"] == PLAIN + suffix, (way, options)
 
 
 def test_a_commit_leaves_the_right_images_alone(place: Path) -> None:

@@ -286,6 +286,8 @@ def test_steering_marks_are_dropped_with_notes(place: Path) -> None:
             (Member(b"gone", Kind.CHAR, rdev=(0, 0)), b""),
             m.file(b".wh..wh.plnk"),
             m.file(b"d/.wh..wh.orph", b"data"),
+            m.directory(b".wh..wh.plnk"),
+            m.file(b".wh..wh.plnk/1.2", b"data"),
         ],
     )
     tree = snapshot(place / "t")
@@ -299,7 +301,7 @@ def test_steering_marks_are_dropped_with_notes(place: Path) -> None:
                 if name != "user.mine"
             ),
             "gone: a character device 0/0, which would be a whiteout: dropped",
-            ".wh..wh.plnk: book-keeping of AUFS: ignored (and 1 more)",
+            ".wh..wh.plnk: book-keeping of AUFS: ignored (and 3 more)",
         ]
     )
 

@@ -34,8 +34,8 @@ def raw_member(name: bytes, kind: Kind = Kind.FILE, data: bytes = b"", target: b
 
 END = bytes(1024)
 EVIL = {
-    "absolute name": (raw_member(b"/etc/evil", data=b"x"), "absolute"),
-    "absolute in /tmp": (raw_member(b"//tmp/layerfs-evil", data=b"x"), "absolute"),
+    "dotdot at the root": (raw_member(b"/../outside/evil", data=b"x"), "'..'"),
+    "dotdot behind a slash": (raw_member(b"//d/../../../tmp/layerfs-evil", data=b"x"), "'..'"),
     "dotdot": (raw_member(b"../outside/evil", data=b"x"), "'..'"),
     "dotdot inside": (raw_member(b"d/../../outside/evil", data=b"x"), "'..'"),
     "dotdot at the end": (raw_member(b"d/..", Kind.DIR), "'..'"),
@@ -64,7 +64,17 @@ EVIL = {
     "through a file": (raw_member(b"f") + raw_member(b"f/evil"), "no directory"),
     "through a file below": (raw_member(b"d/file/evil"), "no directory"),
     "hard link out": (raw_member(b"h", Kind.HARDLINK, target=b"../outside/secret"), "'..'"),
-    "hard link absolute": (raw_member(b"h", Kind.HARDLINK, target=b"/etc/passwd"), "absolute"),
+    "hard link to a path of this machine": (
+        raw_member(b"h", Kind.HARDLINK, target=b"/etc/passwd"),
+        "not there",
+    ),
+    "absolute through a symlink below": (raw_member(b"/out/evil", data=b"x"), "symbolic link"),
+    "absolute whiteout through a symlink below": (raw_member(b"/out/.wh.secret"), "symbolic link"),
+    "hard link to what AUFS kept": (
+        raw_member(b".wh..wh.plnk/1.2", data=b"x")
+        + raw_member(b"h", Kind.HARDLINK, target=b".wh..wh.plnk/1.2"),
+        "AUFS",
+    ),
     "hard link through a symlink": (
         raw_member(b"s", Kind.SYMLINK, target=b"../outside")
         + raw_member(b"h", Kind.HARDLINK, target=b"s/secret"),
@@ -212,6 +222,25 @@ def test_refused_before_the_first_change(place: Path) -> None:
         with pytest.raises(TarError):
             run(good + EVIL[bad][0] + END, place / "target", piped=False)
         assert_equal(before, snapshot(place / "target"), strict=("ino", "ctime_ns"))
+
+
+@pytest.mark.parametrize("piped", [False, True], ids=["file", "pipe"])
+def test_absolute_names_count_from_the_root_of_the_layer(place: Path, piped: bool) -> None:
+    outside = snapshot(place / "outside")
+    inside = os.fsencode(place / "outside/secret")
+    raw = (
+        raw_member(b"/etc/", Kind.DIR)
+        + raw_member(b"//etc/layerfs-evil", data=b"x")
+        + raw_member(b"linked", Kind.HARDLINK, target=b"/etc/layerfs-evil")
+        + raw_member(inside, data=b"changed")
+        + raw_member(b"/d/.wh.file")
+    )
+    run(raw + END, place / "target", piped=piped)
+    tree = snapshot(place / "target")
+    assert tree[b"etc/layerfs-evil"].names == {b"etc/layerfs-evil", b"linked"}
+    assert (inside[1:] in tree, b"d/file" in tree) == (True, False)
+    assert_equal(outside, snapshot(place / "outside"), strict=("ino", "ctime_ns"))
+    assert not os.path.exists("/etc/layerfs-evil")
 
 
 def test_a_symlink_that_the_layer_replaces_is_no_obstacle(place: Path) -> None:

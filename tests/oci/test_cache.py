@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -219,6 +220,9 @@ def test_evil_layers(place: Path, what: str) -> None:
         "hard link to a directory",
         "hard link to nothing",
         "hard link through a symlink below",
+        "hard link to a path of this machine",
+        "absolute through a symlink below",
+        "absolute whiteout through a symlink below",
     }
     raw, says = EVIL[what]
     if what not in ("good, then cut", "without an end", "claims more than there is"):
@@ -242,6 +246,21 @@ def test_a_damaged_record_is_said(place: Path) -> None:
         with pytest.raises(LayerError, match="damaged"):
             open_cache(place).layer_directories(found)
     assert open_cache(place).diff_id_of(directory) is None
+
+
+def test_a_layer_that_lost_names_is_said(place: Path) -> None:
+    """What a broken-off `rm -r` leaves, as far as one listing of the root tells."""
+    found = image(place, BELOW)
+    (directory,) = open_cache(place).layer_directories(found)
+    record = Path(directory).with_name("record.json")
+    name = sorted(os.listdir(directory))[0]
+    subprocess.run(["rm", "-r", os.path.join(directory, name)], check=True)
+    with pytest.raises(LayerError, match="damaged: remove that directory"):
+        open_cache(place).layer_directories(found)
+    older = json.loads(record.read_text())
+    del older["names"]  # as it was written once
+    record.write_text(json.dumps(older))
+    open_cache(place).layer_directories(found)
 
 
 @root

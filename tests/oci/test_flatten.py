@@ -382,13 +382,14 @@ def test_what_would_steer_a_merge_is_dropped_with_a_note() -> None:
         m.file(b"e", xattrs={"trusted.overlay.opaque": b"y"}),
         (Member(b"gone", Kind.CHAR, rdev=(0, 0)), b""),
         m.file(b".wh..wh.plnk"),
+        m.file(b".wh..wh.orph/.wh.a"),
     ]
     found = flat([layer], whole=True, tally=tally)
     assert [(entry.name, entry.xattrs) for entry, _ in found] == [(b"d", {"user.mine": b"1"}), (b"e", {})]
     assert list(tally.lines()) == [
         "d: xattr trusted.overlay.opaque would steer a merge: dropped (and 1 more)",
         "gone: a character device 0/0, which would be a whiteout: dropped",
-        ".wh..wh.plnk: book-keeping of AUFS: ignored",
+        ".wh..wh.plnk: book-keeping of AUFS: ignored (and 1 more)",
     ]
 
 

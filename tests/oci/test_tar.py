@@ -289,7 +289,7 @@ def _pax(records: bytes, raw: bytes = _ONE) -> bytes:
         (_with(156, b"M"), "multi-volume"),
         (_with(156, b"Z"), "type that layers do not have"),
         (_with(0, bytes(100)), "no name"),
-        (_with(0, b"/etc/passwd\0"), "absolute"),
+        (_with(0, b"/etc/../passwd\0"), "'..'"),
         (_with(0, b"a/../../b\0"), "'..'"),
         (_with(0, b".\0"), "root of a layer is a directory"),
         (_pax(b"3 a\n"), "malformed"),
@@ -359,9 +359,9 @@ def test_records_never_raise_anything_else(body: bytes) -> None:
 
 
 def test_plain_paths() -> None:
-    assert plain_path(b"./a//b/./c/") == b"a/b/c"
+    assert plain_path(b"./a//b/./c/") == plain_path(b"//a/b/c") == b"a/b/c"
     assert plain_path(b"./") == plain_path(b"/") == plain_path(b".") == b""
-    for bad in (b"", b"/a", b"..", b"a/..", b"../a", b"a/../b", b"a\0b", b"n" * 256, b"a/" * 2050):
+    for bad in (b"", b"/..", b"..", b"a/..", b"../a", b"a/../b", b"a\0b", b"n" * 256, b"a/" * 2050):
         with pytest.raises(TarError):
             plain_path(bad)
     # A whiteout's prefix comes on top of the longest name there is.

@@ -209,7 +209,7 @@ def test_whiteouts_are_the_kernels(place: Path) -> None:
         m.file(b".wh.again"),
         m.file(b".wh.replaced"),
         m.file(b"replaced", b"new"),
-        m.file(b".wh..wh.plnk"),
+        m.file(b".wh..wh.plnk/1.2"),
         (Member(b"gone", Kind.CHAR, rdev=(0, 0)), b""),
         m.directory(b"e", xattrs={"trusted.overlay.opaque": b"y", "user.fuseoverlayfs.opaque": b"y"}),
         m.file(b"loose/.wh.x"),
@@ -243,6 +243,19 @@ def test_leaning_on_what_is_below(place: Path) -> None:
     extra = snapshot(directories[0])
     assert set(extra) == {b".", b"d", b"d/one", b"d/two", b"linked", b"e", b"e/gone"}
     assert extra[b"linked"].names == {b"linked", b"d/one", b"d/two"}
+
+
+def test_links_to_one_file_by_several_of_its_names(place: Path) -> None:
+    below: Layer = [m.file(b"d/one", b"1"), m.hardlink(b"d/two", b"d/one"), m.hardlink(b"three", b"d/one")]
+    layer: Layer = [m.hardlink(b"h", b"d/one"), m.hardlink(b"i", b"d/two"), m.file(b"three", b"3")]
+    extra = snapshot(check_law(place, [below, layer])[0])
+    assert extra[b"h"].names == {b"h", b"i", b"d/one", b"d/two"}
+
+
+def test_a_link_in_place_of_the_directory_of_its_partner(place: Path) -> None:
+    layer: Layer = [m.hardlink(b"a/x", b"b"), m.hardlink(b"a", b"a/x")]
+    extra = snapshot(check_law(place, [[m.file(b"b", b"1")], layer])[0])
+    assert extra[b"a"].names == {b"a", b"b"}
 
 
 @pytest.mark.parametrize(
