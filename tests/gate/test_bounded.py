@@ -4,10 +4,7 @@ again when it is asked for."""
 from __future__ import annotations
 
 import errno
-import json
 import os
-import subprocess
-from typing import Any
 
 import pytest
 import trio
@@ -40,16 +37,8 @@ def wide(make_stack: type[Stack]) -> Stack:
     return stack
 
 
-def told(mount: Layerfs) -> dict[str, Any]:
-    done = subprocess.run(
-        [*mounts.layerfs_command(), "stat", "--json", mount.mnt], capture_output=True, check=True
-    )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 def names(mount: Layerfs) -> int:
-    return int(told(mount)["gate"]["entries"])
+    return int(mount.statistics()["gate"]["entries"])
 
 
 @live
@@ -58,8 +47,8 @@ def test_a_walk_keeps_about_so_many_names(wide: Stack) -> None:
     with lowers_guard(wide.lowers), Layerfs(wide, f"gate=on,max_names={MOST}") as mount:
         first = snapshot(mount.mnt)
         assert len(first) > DIRECTORIES * EACH
-        assert eventually(lambda: names(mount) <= MOST, every=0.1), told(mount)["gate"]
-        assert told(mount)["nodes"] <= MOST
+        assert eventually(lambda: names(mount) <= MOST, every=0.1), mount.statistics()["gate"]
+        assert mount.statistics()["nodes"] <= MOST
         assert_equal(first, snapshot(mount.mnt))
 
 

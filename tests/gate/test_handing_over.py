@@ -3,12 +3,9 @@ listings go with them."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -57,23 +54,10 @@ def test_lookups_of_names_for_which_a_listing_had_no_room(make_stack: type[Stack
         for _ in range(40):
             with open("/proc/sys/vm/drop_caches", "w") as file:
                 file.write("2")
-            if nodes(mount) <= 2:
+            if mount.known() <= 2:
                 break
             time.sleep(0.25)
-        assert nodes(mount) <= 2
-
-
-def nodes(mount: Layerfs) -> int:
-    """What the kernel has from Python and from the gate."""
-    found = statistics(mount)
-    return int(found["nodes"]) + int(found["gate"]["known"])
-
-
-def statistics(mount: Layerfs) -> Any:
-    done = subprocess.run(
-        [*mounts.layerfs_command(), "stat", "--json", mount.mnt], capture_output=True, check=True
-    )
-    return json.loads(done.stdout)
+        assert mount.known() <= 2
 
 
 def test_link_count_of_what_no_longer_merges(make_stack: type[Stack]) -> None:
@@ -120,5 +104,5 @@ def test_a_listing_goes_on_in_large_steps_while_names_change(
         with os.scandir(mount.mnt / "d") as entries:
             for entry in entries:
                 change(entry.path)
-        listed = statistics(mount)["requests"]["readdirplus"]
+        listed = mount.statistics()["requests"]["readdirplus"]
         assert listed["native"] + listed["python"] < 100

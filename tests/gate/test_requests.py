@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 
@@ -36,10 +34,7 @@ def mounted(make_stack: type[Stack]) -> Iterator[Layerfs]:
 
 
 def counts(mount: Layerfs) -> dict[tuple[str, str], int]:
-    done = subprocess.run(
-        [*mounts.layerfs_command(), "stat", "--json", mount.mnt], capture_output=True, check=True
-    )
-    requests = json.loads(done.stdout)["requests"]
+    requests = mount.statistics()["requests"]
     return {(kind, who): each[who] for kind, each in requests.items() for who in ("native", "python")}
 
 

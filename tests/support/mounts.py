@@ -523,6 +523,18 @@ class Layerfs(_Daemon):
             argv += ["-o", ",".join(options)]
         return [*argv, *self.args, s.mnt]
 
+    def statistics(self) -> dict[str, Any]:
+        """What `layerfs stat --json` prints."""
+        done = self.run(*layerfs_command(), "stat", "--json", self.mnt)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def known(self) -> int:
+        """Objects that the kernel has, from Python and from the gate."""
+        found = self.statistics()
+        return int(found["nodes"]) + int((found["gate"] or {}).get("known", 0))
+
     def _asked(self) -> list[str]:
         """What --gate and --data ask for, unless the test asks for something itself."""
         if any(option.startswith(("gate=", "data=")) for option in self.options):
