@@ -235,6 +235,7 @@ struct gate {
 	int device;
 	int statfs; /* descriptor to ask, or -1 */
 	int loop;   /* readable when the event loop has something to do, beside the device; -1: not to be had */
+	uint64_t replied; /* when Python did, last */
 	bool xattrs; /* users see them */
 	bool carries; /* somebody takes CARRIED frames */
 	bool hooked;
@@ -327,6 +328,8 @@ void backing_init(const struct gate *gate, struct fuse_init_out *init);
 bool hook_serve(const char *library);
 /* The next fuse_session_mount goes through `gate`; NULL: through libfuse alone. */
 void hook_arm(struct gate *gate);
+/* The event loop is about to sleep: waits a moment for what comes right after a reply of Python's. */
+void hook_look(const struct gate *gate);
 /* As read(2) of the device, but -errno; EINTR when there is nothing for libfuse. */
 ssize_t hook_receive(struct gate *gate, int device, void *buffer, size_t size);
 

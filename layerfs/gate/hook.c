@@ -137,6 +137,16 @@ ssize_t hook_receive(struct gate *gate, int device, void *buffer, size_t size)
 	}
 }
 
+void hook_look(const struct gate *gate)
+{
+	struct pollfd loop = {.fd = gate->loop, .events = POLLIN};
+
+	if (gate->loop < 0)
+		return;
+	while (now_ns() - gate->replied < LOOKING && poll(&loop, 1, 0) == 0)
+		sched_yield();
+}
+
 static ssize_t receive(int device, void *buffer, size_t size, void *data)
 {
 	ssize_t got = hook_receive_unlocked(armed, device, buffer, size);
@@ -180,6 +190,14 @@ static bool change_opened(const struct gate *gate, const struct iovec *payload, 
 	return id != NULL;
 }
 
+static ssize_t send(int device, struct iovec *parts, int count)
+{
+	ssize_t sent = writev(device, parts, count);
+
+	armed->replied = now_ns();
+	return sent;
+}
+
 /* gate/PROTOCOL.md has the table of what is rewritten. */
 static ssize_t send_reply(int device, struct iovec *parts, int count, void *data)
 {
@@ -196,7 +214,7 @@ static ssize_t send_reply(int device, struct iovec *parts, int count, void *data
 			opcode = (uint32_t)(uintptr_t)map_take(&armed->asked, header.unique);
 	}
 	if (count != 2 || header.error || !opcode)
-		return writev(device, parts, count);
+		return send(device, parts, count);
 	changed[0] = parts[0];
 	changed[1] = parts[1];
 	if (opcode == FUSE_INIT && parts[1].iov_len >= sizeof(init)) {
@@ -217,7 +235,7 @@ static ssize_t send_reply(int device, struct iovec *parts, int count, void *data
 		changed[2] = (struct iovec){&opened, sizeof(opened)};
 		count = 3;
 	}
-	return writev(device, changed, count);
+	return send(device, changed, count);
 }
 
 static int take_over(struct fuse_session *session)

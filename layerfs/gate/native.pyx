@@ -146,6 +146,7 @@ cdef extern from "core.h":
     int gate_prune(int, const uint64_t *, uint32_t) nogil
     bint hook_serve(const char *) nogil
     void hook_arm(gate *) nogil
+    void hook_look(const gate *) nogil
     ssize_t hook_receive(gate *, int, void *, size_t) nogil
 
 
@@ -269,6 +270,11 @@ cdef class NativeGate:
     def mind(self, loop: int):
         """`loop`: a descriptor that is readable when the event loop has something to do."""
         _gate.loop = loop
+
+    def look(self):
+        """The event loop is about to sleep."""
+        with nogil:
+            hook_look(&_gate)
 
     def pass_through(self, stack_depth: int):
         """The kernel reads and writes files itself, where it may. `stack_depth`: one more than that of the
