@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from time import perf_counter_ns
 from typing import Final, Protocol
 
-from layerfs.fuse.adapter import FOR_EVER
+from layerfs.fuse.adapter import FOR_EVER, caller_of
 from layerfs.fuse.counters import Counters
 from layerfs.vfs.vfs import Attributes, Caller, Vfs
 
@@ -146,7 +146,7 @@ class Extra:
                 await self.vfs.list_unasked(node)
                 if self._again(frame):
                     return
-            payload = await carrier(node, Caller(uid, gid, pid), frame[_IN_HEADER.size :])
+            payload = await carrier(node, caller_of(uid, gid, pid), frame[_IN_HEADER.size :])
         except OSError as failure:
             error = failure.errno or errno.EIO
         except Exception:

@@ -254,11 +254,14 @@ def list_xattrs(tree: Tree, node: Node, caller: Caller) -> list[bytes]:
         if error.errno == errno.EOPNOTSUPP:
             return []
         raise
-    return [
-        os.fsencode(name)
-        for name in map(tree.stack.names.shown, present)
-        if name is not None and (caller.uid == 0 or not name.startswith("trusted."))
-    ]
+    names = [name for name in map(tree.stack.names.shown, present) if name is not None]
+    if any(map(_is_trusted, names)) and not caller.is_shown_trusted():
+        names = [name for name in names if not _is_trusted(name)]
+    return [os.fsencode(name) for name in names]
+
+
+def _is_trusted(name: str) -> bool:
+    return name.startswith("trusted.")
 
 
 def _locks_out(mode: int | None) -> bool:

@@ -217,7 +217,8 @@ class Kernel:
         who = self.caller
         unique = next(self._unique)
         size = ctypes.sizeof(InHeader) + len(body)
-        header = InHeader(size, opcode, unique, node, who.uid, who.gid, who.pid, 0, 0)
+        uid, gid = (2**32 - 1 if each is None else each for each in (who.uid, who.gid))
+        header = InHeader(size, opcode, unique, node, uid, gid, who.pid, 0, 0)
         await self.extra.handle(bytes(header) + body)
         error, payload = self._answers.pop(unique)
         if error:
