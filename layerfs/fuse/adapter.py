@@ -318,7 +318,7 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self.vfs.setxattr(inode, name, value, self._caller(ctx))
+        await self.vfs.setxattr(inode, name, value, self._caller(ctx))  # pyfuse3 has seen to the flags
 
     @_errors
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:

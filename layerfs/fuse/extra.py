@@ -27,6 +27,7 @@ log = logging.getLogger("layerfs.fuse")
 READ: Final = 15
 WRITE: Final = 16
 FSYNC: Final = 20
+SETXATTR: Final = 21
 IOCTL: Final = 39
 READDIRPLUS: Final = 44
 FALLOCATE: Final = 43
@@ -42,6 +43,8 @@ _IN_HEADER: Final = struct.Struct("=IIQQIIIHH")
 _READ_IN: Final = struct.Struct("=QQIIQII")
 #: fh, offset, size, write_flags, lock_owner, flags, padding; size bytes follow
 _WRITE_IN: Final = struct.Struct("=QQIIQII")
+#: size, flags, setxattr_flags, padding (FUSE_SETXATTR_EXT); the name follows, zero and size bytes
+_SETXATTR_IN: Final = struct.Struct("=IIII")
 #: fh, flags, cmd, arg, in_size, out_size; in_size bytes follow
 _IOCTL_IN: Final = struct.Struct("=QIIQII")
 #: fh, offset, length, mode, padding
@@ -87,6 +90,7 @@ _FOPEN_PASSTHROUGH: Final = 1 << 7
 _FSYNC_FDATASYNC: Final = 1 << 0
 _WRITE_CACHE: Final = 1 << 0
 _WRITE_KILL_SUIDGID: Final = 1 << 2
+_SETXATTR_ACL_KILL_SGID: Final = 1 << 0
 _STATX_BASIC_STATS: Final = 0x7FF
 _STATX_BTIME: Final = 0x800
 _SECOND: Final = 1_000_000_000
@@ -119,6 +123,7 @@ class Extra:
             READ: self._read,
             WRITE: self._write,
             FSYNC: self._fsync,
+            SETXATTR: self._setxattr,
             IOCTL: self._ioctl,
             READDIRPLUS: self._readdirplus,
             FALLOCATE: self._fallocate,
@@ -157,6 +162,14 @@ class Extra:
         self._reply(unique, error, payload)
 
     # -- one method an opcode --------------------------------------------------------------------------
+
+    async def _setxattr(self, node: int, caller: Caller, body: bytes) -> bytes:
+        size, flags, how, _ = _SETXATTR_IN.unpack_from(body)
+        name, _, rest = body[_SETXATTR_IN.size :].partition(b"\0")
+        # Groups and capabilities are compared by the kernel, which knows through which mount the caller came.
+        drops = bool(how & _SETXATTR_ACL_KILL_SGID)
+        await self.vfs.setxattr(node, name, rest[:size], caller, flags=flags, drops_setgid=drops)
+        return b""
 
     async def _ioctl(self, node: int, caller: Caller, body: bytes) -> bytes:
         # The file handle is passed over: with zero-message opens there is none.

@@ -149,6 +149,7 @@ cdef extern from "core.h":
 CACHE_SYMLINKS = 1 << 23
 DONT_MASK = 1 << 6
 HANDLE_KILLPRIV_V2 = 1 << 28
+SETXATTR_EXT = 1 << 29
 PASSTHROUGH = 1 << 37
 
 def serve(library: bytes):
@@ -243,7 +244,7 @@ cdef class NativeGate:
         _gate.open_directory = _open_directory
         _gate.release_directory = _release_directory
         _gate.carry = _carry
-        _gate.extra_init_flags = CACHE_SYMLINKS | DONT_MASK | HANDLE_KILLPRIV_V2
+        _gate.extra_init_flags = CACHE_SYMLINKS | DONT_MASK | HANDLE_KILLPRIV_V2 | SETXATTR_EXT
         _live = self
 
     #: somebody answers from what is published

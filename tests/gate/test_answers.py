@@ -878,6 +878,17 @@ def test_what_pyfuse3_cannot_carry(make_pair: Callable[..., Pair], opcode: int) 
     assert error(make_pair(carries=False).feed(frame)) == errno.ENOSYS
 
 
+def test_setxattr_is_carried_in_its_longer_form(make_pair: Callable[..., Pair]) -> None:
+    """libfuse would take the rest of the header for the name."""
+    pair = make_pair(carries=True)
+    frame = f.frame(f.SETXATTR, ROOT, bytes(64))
+    for offered, wanted in ((0, f.SETXATTR_EXT), (f.SETXATTR_EXT, 0)):
+        pair.init_flags(offered, wanted)
+        assert pair.feed(frame) == Answer(Verdict.PASSED, frame)
+    pair.init_flags(f.SETXATTR_EXT, f.SETXATTR_EXT)
+    assert pair.feed(frame) == Answer(Verdict.CARRIED, frame)
+
+
 @pytest.mark.parametrize("command", [*f.INODE_IOCTLS, 0x5401, 0, (1 << 32) - 1])
 def test_ioctl(make_pair: Callable[..., Pair], command: int) -> None:
     """Flags and attributes of inodes are carried; nothing else is what a file has. 0x5401 asks whether it is
