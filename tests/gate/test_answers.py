@@ -770,6 +770,14 @@ def test_init_of_a_kernel_without_those_flags(tree: Pair) -> None:
     assert tree.libfuse_replies(f.INIT, libfuse) == libfuse
 
 
+def test_init_asks_for_idmapped_mounts(tree: Pair) -> None:
+    tree.init_flags(offered=f.ALLOW_IDMAP | f.SETXATTR_EXT, wanted=f.ALLOW_IDMAP | f.SETXATTR_EXT)
+    libfuse = f.INIT_OUT.pack(7, 31, 0, 1 << 5, 12, 9, 1 << 20, 1, 256, 0, 0, 0)
+    flags = 1 << 5 | f.SETXATTR_EXT | f.INIT_EXT
+    wanted = f.INIT_OUT.pack(7, 31, 0, flags, 12, 9, 1 << 20, 1, 256, 0, 1 << 8, 0)
+    assert tree.libfuse_replies(f.INIT, libfuse) == wanted
+
+
 def test_the_kernel_keeps_what_the_gate_lists(tree: Pair) -> None:
     tree.list_names(LISTS_ROOT, ROOT, [b"file"])
     kept = f.OPEN_OUT.pack(LISTS_ROOT, f.FOPEN_CACHE_DIR | f.FOPEN_KEEP_CACHE, 0)
