@@ -21,6 +21,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from layerfs.fuse.counters import Counters
+from layerfs.vfs.caller import sees_callers
 from layerfs.vfs.vfs import Attributes, Caller, Change, New, Vfs
 
 log = logging.getLogger("layerfs.fuse")
@@ -33,6 +34,8 @@ _NOBODY = 3 << 62
 #: Bit of a WRITE's file handle by which a gate says what pyfuse3 does not: the writer has CAP_FSETID
 #: (FUSE_HANDLE_KILLPRIV_V2 is on and FUSE_WRITE_KILL_SUIDGID is not among the write_flags).
 KEEPS_SETID = 1 << 62
+#: An id that a request does not tell (FUSE_INVALID_UIDGID).
+_UNTOLD = 2**32 - 1
 #: Opcodes of methods that have another name.
 _OPCODES = {"readdir": "readdirplus"}
 #: Names of a listing that are answered before others get their turn.
@@ -93,6 +96,12 @@ def _absent() -> EntryAttributes:
     return entry
 
 
+def caller_of(uid: int, gid: int, pid: int, umask: int = 0) -> Caller:
+    """As a request names him."""
+    visible = pid if sees_callers() else 0
+    return Caller(None if uid == _UNTOLD else uid, None if gid == _UNTOLD else gid, visible, umask)
+
+
 class Operations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_writeback_cache = False
@@ -120,7 +129,7 @@ class Operations(pyfuse3.Operations):
             pass  # the kernel does not know it
 
     def _caller(self, ctx: RequestContext) -> Caller:
-        return Caller(ctx.uid, ctx.gid, ctx.pid, ctx.umask if self.masks else 0)
+        return caller_of(ctx.uid, ctx.gid, ctx.pid, ctx.umask if self.masks else 0)
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -295,7 +304,8 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        if inode == pyfuse3.ROOT_INODE and name.startswith(b"layerfs.") and ctx.uid in (0, self._owner):
+        virtual = inode == pyfuse3.ROOT_INODE and name.startswith(b"layerfs.")
+        if virtual and self._caller(ctx).is_one_of(0, self._owner):
             described = self._describe(os.fsdecode(name))
             if described is not None:
                 return described
@@ -307,7 +317,7 @@ class Operations(pyfuse3.Operations):
 
     @_errors
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self.vfs.setxattr(inode, name, value, self._caller(ctx))
+        await self.vfs.setxattr(inode, name, value, self._caller(ctx))  # pyfuse3 has seen to the flags
 
     @_errors
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final, Protocol
 
-from layerfs.fuse.adapter import FOR_EVER
+from layerfs.fuse.adapter import FOR_EVER, caller_of
 from layerfs.fuse.counters import Counters
 from layerfs.vfs.vfs import Attributes, Caller, Vfs
 
@@ -26,6 +26,7 @@ log = logging.getLogger("layerfs.fuse")
 READ: Final = 15
 WRITE: Final = 16
 FSYNC: Final = 20
+SETXATTR: Final = 21
 IOCTL: Final = 39
 READDIRPLUS: Final = 44
 FALLOCATE: Final = 43
@@ -41,6 +42,8 @@ _IN_HEADER: Final = struct.Struct("=IIQQIIIHH")
 _READ_IN: Final = struct.Struct("=QQIIQII")
 #: fh, offset, size, write_flags, lock_owner, flags, padding; size bytes follow
 _WRITE_IN: Final = struct.Struct("=QQIIQII")
+#: size, flags, setxattr_flags, padding (FUSE_SETXATTR_EXT); the name follows, zero and size bytes
+_SETXATTR_IN: Final = struct.Struct("=IIII")
 #: fh, flags, cmd, arg, in_size, out_size; in_size bytes follow
 _IOCTL_IN: Final = struct.Struct("=QIIQII")
 #: fh, offset, length, mode, padding
@@ -86,6 +89,7 @@ _FOPEN_PASSTHROUGH: Final = 1 << 7
 _FSYNC_FDATASYNC: Final = 1 << 0
 _WRITE_CACHE: Final = 1 << 0
 _WRITE_KILL_SUIDGID: Final = 1 << 2
+_SETXATTR_ACL_KILL_SGID: Final = 1 << 0
 _STATX_BASIC_STATS: Final = 0x7FF
 _STATX_BTIME: Final = 0x800
 _SECOND: Final = 1_000_000_000
@@ -118,6 +122,7 @@ class Extra:
             READ: self._read,
             WRITE: self._write,
             FSYNC: self._fsync,
+            SETXATTR: self._setxattr,
             IOCTL: self._ioctl,
             READDIRPLUS: self._readdirplus,
             FALLOCATE: self._fallocate,
@@ -145,7 +150,7 @@ class Extra:
                 await self.vfs.list_unasked(node)
                 if self._again(frame):
                     return
-            payload = await carrier(node, Caller(uid, gid, pid), frame[_IN_HEADER.size :])
+            payload = await carrier(node, caller_of(uid, gid, pid), frame[_IN_HEADER.size :])
         except OSError as failure:
             error = failure.errno or errno.EIO
         except Exception:
@@ -156,6 +161,14 @@ class Extra:
         self._reply(unique, error, payload)
 
     # -- one method an opcode --------------------------------------------------------------------------
+
+    async def _setxattr(self, node: int, caller: Caller, body: bytes) -> bytes:
+        size, flags, how, _ = _SETXATTR_IN.unpack_from(body)
+        name, _, rest = body[_SETXATTR_IN.size :].partition(b"\0")
+        # Groups and capabilities are compared by the kernel, which knows through which mount the caller came.
+        drops = bool(how & _SETXATTR_ACL_KILL_SGID)
+        await self.vfs.setxattr(node, name, rest[:size], caller, flags=flags, drops_setgid=drops)
+        return b""
 
     async def _ioctl(self, node: int, caller: Caller, body: bytes) -> bytes:
         # The file handle is passed over: with zero-message opens there is none.

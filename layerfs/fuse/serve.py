@@ -28,6 +28,7 @@ from layerfs.overlay.names import XattrNames
 from layerfs.stack import Stack
 from layerfs.upper.upper import Upper
 from layerfs.vfs import checks
+from layerfs.vfs.caller import sees_callers
 from layerfs.vfs.config import StackConfig
 from layerfs.vfs.prefix import find_prefix
 from layerfs.vfs.unload import Unload
@@ -59,6 +60,8 @@ def serve(
     native = _native_gate(config, stack)
     if config.passthrough:
         _pass_through(native, stack, upper)
+    if native is not None and _may_be_idmapped(fuse_options):
+        native.allow_idmapped()
     reporter = Reporter(_choice(config, native))
     operations = Operations(_describer(config, stack, upper, prefix, native, reporter), reporter.counters)
     operations.enable_acl = config.acl
@@ -250,6 +253,13 @@ def _pass_through(native: Any, stack: Stack, upper: Upper | None) -> None:
         raise MountError(f"data=passthrough: {obstacle}")
     passed = [layer for layer in stack.layers if upper is None or layer is stack.upper]
     native.pass_through(passthrough.stack_depth(fd_path(layer.fd.fd) for layer in passed))
+
+
+def _may_be_idmapped(fuse_options: set[str]) -> bool:
+    """Whether idmapped mounts may be made of the mount: most requests do not say then who makes them. Not
+    where /proc could not say it in their place, nor where libfuse itself looks at every request's uid
+    (fuse_req_check_allow_root). Without default_permissions the kernel would end the connection."""
+    return sees_callers() and "allow_root" not in fuse_options and "default_permissions" in fuse_options
 
 
 def _choice(config: StackConfig, native: Any) -> Choice:

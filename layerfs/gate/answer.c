@@ -905,6 +905,8 @@ static enum verdict decide(struct gate *gate, struct fuse_in_header *in, char *b
 		return on_file(gate, in, body, size);
 	case FUSE_IOCTL:
 		return ioctl_of(gate, in, body, size);
+	case FUSE_SETXATTR: /* the longer form, which libfuse reads short, says whether an ACL takes setgid away */
+		return gate->init_flags & gate->extra_init_flags & FUSE_SETXATTR_EXT ? CARRIED : PASSED;
 	case FUSE_FALLOCATE:
 	case FUSE_COPY_FILE_RANGE:
 	case OPCODE_TMPFILE:

@@ -156,7 +156,9 @@ PRUNED_AT_ONCE = 4096
 CACHE_SYMLINKS = 1 << 23
 DONT_MASK = 1 << 6
 HANDLE_KILLPRIV_V2 = 1 << 28
+SETXATTR_EXT = 1 << 29
 PASSTHROUGH = 1 << 37
+ALLOW_IDMAP = 1 << 40
 
 def serve(library: bytes):
     """Says whose calls of libfuse come through this module from now on: the shared object at that path. Raises
@@ -250,7 +252,7 @@ cdef class NativeGate:
         _gate.open_directory = _open_directory
         _gate.release_directory = _release_directory
         _gate.carry = _carry
-        _gate.extra_init_flags = CACHE_SYMLINKS | DONT_MASK | HANDLE_KILLPRIV_V2
+        _gate.extra_init_flags = CACHE_SYMLINKS | DONT_MASK | HANDLE_KILLPRIV_V2 | SETXATTR_EXT
         _live = self
 
     #: somebody answers from what is published
@@ -282,6 +284,11 @@ cdef class NativeGate:
         _gate.stack_depth = stack_depth
         _gate.passes_lowers = _gate.keeps_listings
         _gate.extra_init_flags |= PASSTHROUGH
+
+    def allow_idmapped(self):
+        """The kernel may make idmapped mounts of the mount, which is one with default_permissions. It then
+        names the caller to requests that create alone."""
+        _gate.extra_init_flags |= ALLOW_IDMAP
 
     def carries(self, bint does):
         """Whether `on_carry` takes frames; else they are answered by ENOSYS."""

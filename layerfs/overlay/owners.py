@@ -2,7 +2,7 @@
 `squash_to_*` as values, and the places where an id stands: owner, ACL, file capability. Touches no file.
 
 Source: fuse-overlayfs(1), whose options these are; what containers/storage passes for a container with a user
-namespace. A map does for a FUSE mount what an idmapped mount does for others: a layer's files are left alone.
+namespace. A map does what an idmapped mount does where it can be had: a layer's files are left alone.
 """
 
 from __future__ import annotations

@@ -159,9 +159,14 @@ class Attributes:
 
     # -- xattrs -----------------------------------------------------------------------------------
 
-    async def set_xattr(self, node: Node, name: bytes, value: bytes, caller: Caller) -> None:
-        """Raises OSError: EPERM for marks of overlays."""
+    async def set_xattr(
+        self, node: Node, name: bytes, value: bytes, caller: Caller, flags: int, drops_setgid: bool | None
+    ) -> None:
+        """`flags`: of setxattr(2). `drops_setgid`: whether an ACL that is set takes setgid away; None: it
+        does where the caller seems not to be in the group. Raises OSError: EPERM for marks of overlays."""
         attribute = _stored(self.upper.names, name)
+        if flags:
+            self._check_presence(node, name, flags)  # what fails costs no copy-up
         if self.tree.owners is not None:
             stored = self.tree.owners.stored_xattr(attribute, value)
             if stored is None:
@@ -173,21 +178,33 @@ class Attributes:
         path, follow, _keep = self.tree.real_path(node)
         if isinstance(node, Directory):
             node.has_default_acl = None
-        os.setxattr(path, attribute, value, follow_symlinks=follow)
+        os.setxattr(path, attribute, value, flags, follow_symlinks=follow)
         if attribute == acl.ACCESS and self.upper.overrides:
             # The file system put the ACL's bits into the real mode (fs/posix_acl.c posix_acl_update_mode).
             real = stat.S_IMODE(os.stat(path, follow_symlinks=follow).st_mode)
             st = self.tree.stat_real(node)
             mode = stat.S_IMODE(st.st_mode) & ~0o777 | real & 0o777
             self.upper.keep(path, override.changed(st, mode=mode), follow=follow)
-        if attribute == acl.ACCESS:
-            self._drop_setgid(node, path, caller)
+        if attribute == acl.ACCESS and drops_setgid is not False:
+            self._drop_setgid(node, path, None if drops_setgid else caller)
 
-    def _drop_setgid(self, node: Node, path: bytes, caller: Caller) -> None:
+    def _check_presence(self, node: Node, name: bytes, flags: int) -> None:
+        try:
+            get_xattr(self.tree, node, name)
+        except OSError as error:
+            if error.errno != errno.ENODATA or flags & os.XATTR_REPLACE:
+                raise
+        else:
+            if flags & os.XATTR_CREATE:
+                fail(errno.EEXIST)
+
+    def _drop_setgid(self, node: Node, path: bytes, unless: Caller | None) -> None:
         """Who sets an ACL without being in the group takes setgid away, as by chmod (fs/posix_acl.c
-        posix_acl_update_mode). For a chmod the kernel sees to it."""
+        posix_acl_update_mode). For a chmod the kernel sees to it. `unless`: not where he may keep it."""
         st = self.tree.stat_real(node)
-        if not st.st_mode & stat.S_ISGID or caller.in_group(self.tree.shown_gid(st)) or caller.keeps_setid():
+        if not st.st_mode & stat.S_ISGID:
+            return
+        if unless is not None and (unless.in_group(self.tree.shown_gid(st)) or unless.keeps_setid()):
             return
         mode = stat.S_IMODE(st.st_mode) & ~stat.S_ISGID
         if self.upper.overrides:
@@ -254,11 +271,14 @@ def list_xattrs(tree: Tree, node: Node, caller: Caller) -> list[bytes]:
         if error.errno == errno.EOPNOTSUPP:
             return []
         raise
-    return [
-        os.fsencode(name)
-        for name in map(tree.stack.names.shown, present)
-        if name is not None and (caller.uid == 0 or not name.startswith("trusted."))
-    ]
+    names = [name for name in map(tree.stack.names.shown, present) if name is not None]
+    if any(map(_is_trusted, names)) and not caller.is_shown_trusted():
+        names = [name for name in names if not _is_trusted(name)]
+    return [os.fsencode(name) for name in names]
+
+
+def _is_trusted(name: str) -> bool:
+    return name.startswith("trusted.")
 
 
 def _locks_out(mode: int | None) -> bool:

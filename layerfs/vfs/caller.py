@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass
+from functools import cache
 
 from layerfs.fdutil import proc_path
 
@@ -15,8 +16,15 @@ _WRITES = {
     "aarch64": frozenset((64, 68, 66, 70, 287)),
     "riscv64": frozenset((64, 68, 66, 70, 287)),
 }.get(os.uname().machine, frozenset[int]())
-
-
+#: Calls that list xattrs, by machine: listxattr, llistxattr, flistxattr, listxattrat; and the first three
+#: as programs of 32 bits number them: what bears those numbers else lists none.
+_LISTS_XATTRS = {
+    "x86_64": frozenset((194, 195, 196, 465, 232, 233, 234)),
+    "aarch64": frozenset((11, 12, 13, 465, 232, 233, 234)),
+    "riscv64": frozenset((11, 12, 13, 465)),
+}.get(os.uname().machine)
+#: Set in numbers of system calls of the x32 ABI (asm/unistd.h).
+_X32 = 1 << 30
 #: Bit of CAP_FSETID in the masks of /proc/PID/status (linux/capability.h).
 _CAP_FSETID = 1 << 4
 _SIGKILL = 1 << signal.SIGKILL - 1
@@ -24,18 +32,58 @@ _SIGKILL = 1 << signal.SIGKILL - 1
 _FIRST_USER_NAMESPACE = b"user:[4026531837]"
 
 
+@cache
+def sees_callers() -> bool:
+    """Whether the pids of requests are those of /proc. Where it is that of another pid namespace than this
+    process is in, they mean other processes there."""
+    try:
+        with open(proc_path(b"self/status"), "rb") as status:
+            # As many as there are namespaces from that of /proc to ours (proc(5)).
+            return all(len(line.split()) == 2 for line in status if line.startswith(b"NSpid:"))
+    except OSError:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """`pid` is the calling thread as the daemon's pid namespace sees it; 0 when it sees it not at all.
 
+    `uid` and `gid` are what something new of the caller's belongs to; None: the request does not say. On a
+    mount of which idmapped mounts may be made the kernel says it to requests that create, as mapped by the
+    caller's mount, and to no others (fs/fuse/dev.c fuse_get_req). Then /proc says who the thread is, as the
+    daemon's user namespace sees it, and nobody through which mount it came: to be asked only where the wrong
+    answer does little harm. Where /proc does not say, the caller has no privilege.
+
     `umask` is what is still to be taken off the mode of something new: 0 where the kernel did it. `patient`:
     only what kills it ends its waiting, as in write(2) to a file of a disk."""
 
-    uid: int
-    gid: int
+    uid: int | None
+    gid: int | None
     pid: int
     umask: int = 0
     patient: bool = False
+
+    def is_one_of(self, *users: int) -> bool:
+        """Whether the caller acts as one of these users. False where it cannot be known."""
+        uid = self.uid if self.uid is not None else self._acting_as(b"Uid:")
+        return uid in users
+
+    def is_shown_trusted(self) -> bool:
+        """Whether a list of xattrs is to name `trusted.` ones: to the administrator alone (xattr(7)).
+
+        Where the request does not say who asks there is one more: kernel overlayfs, of which a layer lies on
+        the mount, asks with its mounter's rights in the thread of whoever changes a file, and copies up what
+        it was told. /proc knows nothing of such rights. But whoever lists xattrs himself is in a call that
+        does."""
+        if self.is_one_of(0):
+            return True
+        if self.uid is not None or self.pid == 0 or _LISTS_XATTRS is None:
+            return False
+        try:
+            number, _ = self._call()
+        except (OSError, ValueError):
+            return False
+        return number & ~_X32 not in _LISTS_XATTRS
 
     def keeps_setid(self) -> bool:
         """Whether setuid and setgid stay when the caller writes to a file: CAP_FSETID in the first user
@@ -53,8 +101,11 @@ class Caller:
 
     def in_group(self, gid: int) -> bool:
         """Whether the caller is a member of a group, its supplementary ones included as far as they can be
-        seen."""
-        if gid == self.gid:
+        seen.
+
+        Through an idmapped mount the kernel compares its groups with the group as that mount shows it, which
+        is not known here."""
+        if gid == (self.gid if self.gid is not None else self._acting_as(b"Gid:")):
             return True
         if self.pid == 0:
             return False
@@ -63,6 +114,15 @@ class Caller:
         except OSError:
             return False
 
+    def _acting_as(self, field: bytes) -> int | None:
+        """The id for access to files (fsuid, fsgid); None where it cannot be seen."""
+        if self.pid == 0:
+            return None
+        try:
+            return int(self._status(field)[3])  # real, effective, saved, and this
+        except (OSError, IndexError, ValueError):
+            return None
+
     def _status(self, field: bytes) -> list[bytes]:
         """The words of one line of /proc/PID/status. Raises OSError."""
         with open(proc_path(b"%d/status" % self.pid), "rb") as status:
@@ -70,6 +130,12 @@ class Caller:
                 if line.startswith(field):
                     return line.split()[1:]
         return []
+
+    def _call(self) -> tuple[int, bytes]:
+        """The system call that the thread is in, and its first argument. Raises OSError, ValueError."""
+        with open(proc_path(b"%d/syscall" % self.pid), "rb") as file:
+            number, first = file.read().split()[:2]
+        return int(number), first
 
     def interrupted(self) -> bool:
         """Whether a signal waits for the calling thread that it has neither blocked nor ignored.
@@ -109,11 +175,10 @@ class Caller:
             with open(proc_path(b"%d/wchan" % self.pid), "rb") as file:
                 if file.read() != b"request_wait_answer":
                     return False
-            with open(proc_path(b"%d/syscall" % self.pid), "rb") as file:
-                number, fd = file.read().split()[:2]
-            if int(number) not in _WRITES:
+            number, first = self._call()
+            if number not in _WRITES:
                 return False
-            with open(proc_path(b"%d/fdinfo/%d" % (self.pid, int(fd, 16))), "rb") as file:
+            with open(proc_path(b"%d/fdinfo/%d" % (self.pid, int(first, 16))), "rb") as file:
                 if b"ino:\t%d\n" % ino not in file.read():
                     return False
         except (OSError, ValueError):

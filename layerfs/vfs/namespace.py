@@ -161,7 +161,11 @@ class Namespace:
     def _owner(self, caller: Caller) -> tuple[int, int]:
         """What to store as the owner of something new. Callers that the map does not know become the
         overflow id, so that root of the host can make things in a container's tree, as with fuse-overlayfs.
+        Raises OSError: EOVERFLOW for one who has no id in the idmapped mount that he came by, as the kernel
+        says itself (fs/namei.c may_create): nothing is to become the daemon's own for want of an owner.
         """
+        if caller.uid is None or caller.gid is None:
+            fail(errno.EOVERFLOW)
         owners = self.tree.owners
         if owners is None:
             return caller.uid, caller.gid

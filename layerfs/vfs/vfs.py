@@ -61,14 +61,15 @@ class _Writing:
 
 
 def _changes(*, opens: bool = False) -> Callable[[_F], _F]:
-    """Marks what changes the tree (WRITE apart): it may be held. First comes the node, last the caller."""
+    """Marks what changes the tree (WRITE apart): it may be held. First comes the node, last the caller; then
+    what has a name."""
 
     def mark(method: _F) -> _F:
         @wraps(method)
-        async def held(self: Vfs, node: int, *args: Any) -> Any:
+        async def held(self: Vfs, node: int, *args: Any, **named: Any) -> Any:
             await self.hold.begin(node, args[-1], opens=opens)
             try:
-                return await method(self, node, *args)
+                return await method(self, node, *args, **named)
             finally:
                 self.tree.tell_changed()
                 self.hold.end(node, opens=opens)
@@ -346,11 +347,21 @@ class Vfs:
         return list_xattrs(self.tree, self.tree.node(id), caller)
 
     @_changes()
-    async def setxattr(self, id: int, name: bytes, value: bytes, caller: Caller) -> None:
+    async def setxattr(
+        self,
+        id: int,
+        name: bytes,
+        value: bytes,
+        caller: Caller,
+        *,
+        flags: int = 0,
+        drops_setgid: bool | None = None,
+    ) -> None:
+        """As `AttributeChanges.set_xattr`."""
         self._check_xattrs()
         node = self.tree.node(id)
         with self.tree.in_use(node):
-            await self._write().attributes.set_xattr(node, name, value, caller)
+            await self._write().attributes.set_xattr(node, name, value, caller, flags, drops_setgid)
 
     @_changes()
     async def removexattr(self, id: int, name: bytes, caller: Caller) -> None:

@@ -24,7 +24,7 @@ from layerfs.vfs.vfs import Caller, Vfs
 from tests.support.stack import Stack
 
 NAMES = XattrNames(TRUSTED if os.geteuid() == 0 else USER)
-FSYNC, IOCTL, FALLOCATE, LSEEK, COPY_FILE_RANGE, TMPFILE, STATX = 20, 39, 43, 46, 47, 51, 52
+FSYNC, SETXATTR, IOCTL, FALLOCATE, LSEEK, COPY_FILE_RANGE, TMPFILE, STATX = 20, 21, 39, 43, 46, 47, 51, 52
 COPY_FILE_RANGE_64 = 53
 
 
@@ -39,6 +39,15 @@ class InHeader(Structure):
         ("pid", c_uint32),
         ("total_extlen", c_uint16),
         ("padding", c_uint16),
+    ]
+
+
+class SetxattrIn(Structure):
+    _fields_ = [
+        ("size", c_uint32),
+        ("flags", c_uint32),
+        ("setxattr_flags", c_uint32),
+        ("padding", c_uint32),
     ]
 
 
@@ -217,7 +226,8 @@ class Kernel:
         who = self.caller
         unique = next(self._unique)
         size = ctypes.sizeof(InHeader) + len(body)
-        header = InHeader(size, opcode, unique, node, who.uid, who.gid, who.pid, 0, 0)
+        uid, gid = (2**32 - 1 if each is None else each for each in (who.uid, who.gid))
+        header = InHeader(size, opcode, unique, node, uid, gid, who.pid, 0, 0)
         await self.extra.handle(bytes(header) + body)
         error, payload = self._answers.pop(unique)
         if error:
@@ -243,6 +253,10 @@ class Kernel:
     async def open(self, path: str, flags: int) -> int:
         """File handle of a path."""
         return (await self.vfs.open(await self.find(path), flags, self.caller)).id
+
+    async def setxattr(self, node: int, name: str, value: bytes, flags: int = 0, how: int = 0) -> None:
+        request = bytes(SetxattrIn(len(value), flags, how, 0)) + name.encode() + b"\0" + value
+        assert await self.send(SETXATTR, node, request) == b""
 
     async def fallocate(self, fh: int, mode: int, offset: int, length: int) -> None:
         assert await self.send(FALLOCATE, 1, bytes(FallocateIn(fh, offset, length, mode))) == b""

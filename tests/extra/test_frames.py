@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from layerfs.ids import ROOT
+from layerfs.vfs.vfs import Caller, Change
 from tests.posix.calls import FALLOC_COLLAPSE, FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO, statx
 from tests.support.stack import Stack
 
@@ -27,6 +28,11 @@ pytestmark = pytest.mark.trio
 GETFLAGS, SETFLAGS = 0x80086601, 0x40086602
 FSGETXATTR, FSSETXATTR = 0x801C581F, 0x401C5820
 NODUMP = 0x40
+ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
+#: rw-, user 7: r--, group rw-, mask rw-, r--
+ACL = struct.pack(
+    "<I" + 5 * "HHI", 2, 1, 6, 2**32 - 1, 2, 4, 7, 4, 6, 2**32 - 1, 0x10, 6, 2**32 - 1, 0x20, 4, 2**32 - 1
+)
 RW = os.O_RDWR
 
 
@@ -41,6 +47,7 @@ async def error_of(call: Any) -> str:
 #: Sizes in bytes that linux/fuse.h comes to.
 SIZES = {
     frames.InHeader: 40,
+    frames.SetxattrIn: 16,
     frames.IoctlIn: 32,
     frames.IoctlOut: 16,
     frames.FallocateIn: 32,
@@ -57,6 +64,43 @@ SIZES = {
 @pytest.mark.parametrize("struct_", SIZES)
 async def test_layouts(struct_: type[ctypes.Structure]) -> None:
     assert ctypes.sizeof(struct_) == SIZES[struct_]
+
+
+async def test_setxattr(laid_out: Stack) -> None:
+    create, replace = os.XATTR_CREATE, os.XATTR_REPLACE
+    assert laid_out.upper is not None
+    in_upper = (laid_out.upper / "f").exists()
+    async with kernel(laid_out) as k:
+        node = await k.find("f")
+        for flags in (replace, create | replace):
+            assert await error_of(k.setxattr(node, "user.new", b"1", flags)) == "ENODATA"
+        assert (laid_out.upper / "f").exists() == in_upper  # what fails copies nothing up
+        await k.setxattr(node, "user.new", b"a\0b", create)
+        for flags in (create, create | replace):
+            assert await error_of(k.setxattr(node, "user.new", b"2", flags)) == "EEXIST"
+        assert await k.vfs.getxattr(node, b"user.new") == b"a\0b"
+        await k.setxattr(node, "user.new", b"", replace)
+        assert await k.vfs.getxattr(node, b"user.new") == b""
+        await k.setxattr(node, "user.new", b"\0" * 1000)
+        assert await k.vfs.getxattr(node, b"user.new") == b"\0" * 1000
+
+
+@pytest.mark.parametrize("name", ["f", "d"])
+async def test_the_kernel_says_whether_an_acl_takes_setgid(root: None, laid_out: Stack, name: str) -> None:
+    """Whatever the caller's groups seem to be: it knows how the mount he came by maps them."""
+    member, stranger = Caller(5, 77, 0), Caller(5, 5, 0)
+    async with kernel(laid_out) as k:
+        node = await k.find(name)
+        for who in (member, stranger):
+            for kill, left in ((1, 0o664), (0, 0o2664)):
+                await k.vfs.setattr(node, Change(gid=77), k.caller)
+                await k.vfs.setattr(node, Change(mode=0o2775), k.caller)
+                k.caller = who
+                await k.setxattr(node, DEFAULT, ACL, how=kill) if name == "d" else None
+                assert stat.S_IMODE((await k.vfs.getattr(node)).st.st_mode) == 0o2775
+                await k.setxattr(node, ACCESS, ACL, how=kill)
+                assert stat.S_IMODE((await k.vfs.getattr(node)).st.st_mode) == left
+                k.caller = Caller(0, 0, 0)
 
 
 async def test_fallocate(laid_out: Stack) -> None:

@@ -64,7 +64,8 @@ async def test_interrupted(laid_out: Stack, what: str, monkeypatch: pytest.Monke
         session = k.vfs.hold.session()
         await session.hold_opens()
         await session.hold_all()
-        monkeypatch.setattr("layerfs.fuse.extra.Caller", Signalled)
+        for module in ("adapter", "extra"):
+            monkeypatch.setattr(f"layerfs.fuse.{module}.Caller", Signalled)
         with trio.fail_after(5):
             assert await error_of(CHANGES[what](k, node, fh)) == "EINTR"
         session.end()

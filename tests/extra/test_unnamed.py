@@ -169,6 +169,18 @@ async def test_what_is_made_is_as_in_a_plain_directory(
         assert got == want, name
 
 
+async def test_who_has_no_id_in_his_idmapped_mount_makes_nothing(laid_out: Stack) -> None:
+    """Else it would be the daemon's."""
+    async with kernel(laid_out) as k:
+        d = await k.find("d")
+        for uid, gid in ((None, None), (0, None), (None, 0)):
+            k.caller = Caller(uid, gid, os.getpid())
+            assert await error_of(k.tmpfile(d, RW, 0o4755)) == "EOVERFLOW"
+            assert await error_of(k.vfs.make(d, b"made", New(0o755 | stat.S_IFDIR), k.caller)) == "EOVERFLOW"
+            assert await error_of(k.vfs.create(d, b"made", 0o644, RW, k.caller)) == "EOVERFLOW"
+        assert await k.vfs.lookup(d, b"made") is None
+
+
 async def test_default_acl_comes_and_goes(laid_out: Stack) -> None:
     async with kernel(laid_out) as k:
         d = await k.find("d")

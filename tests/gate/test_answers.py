@@ -770,6 +770,14 @@ def test_init_of_a_kernel_without_those_flags(tree: Pair) -> None:
     assert tree.libfuse_replies(f.INIT, libfuse) == libfuse
 
 
+def test_init_asks_for_idmapped_mounts(tree: Pair) -> None:
+    tree.init_flags(offered=f.ALLOW_IDMAP | f.SETXATTR_EXT, wanted=f.ALLOW_IDMAP | f.SETXATTR_EXT)
+    libfuse = f.INIT_OUT.pack(7, 31, 0, 1 << 5, 12, 9, 1 << 20, 1, 256, 0, 0, 0)
+    flags = 1 << 5 | f.SETXATTR_EXT | f.INIT_EXT
+    wanted = f.INIT_OUT.pack(7, 31, 0, flags, 12, 9, 1 << 20, 1, 256, 0, 1 << 8, 0)
+    assert tree.libfuse_replies(f.INIT, libfuse) == wanted
+
+
 def test_the_kernel_keeps_what_the_gate_lists(tree: Pair) -> None:
     tree.list_names(LISTS_ROOT, ROOT, [b"file"])
     kept = f.OPEN_OUT.pack(LISTS_ROOT, f.FOPEN_CACHE_DIR | f.FOPEN_KEEP_CACHE, 0)
@@ -876,6 +884,17 @@ def test_what_pyfuse3_cannot_carry(make_pair: Callable[..., Pair], opcode: int) 
     answer = make_pair(carries=True).feed(frame)
     assert answer == Answer(Verdict.CARRIED, frame)
     assert error(make_pair(carries=False).feed(frame)) == errno.ENOSYS
+
+
+def test_setxattr_is_carried_in_its_longer_form(make_pair: Callable[..., Pair]) -> None:
+    """libfuse would take the rest of the header for the name."""
+    pair = make_pair(carries=True)
+    frame = f.frame(f.SETXATTR, ROOT, bytes(64))
+    for offered, wanted in ((0, f.SETXATTR_EXT), (f.SETXATTR_EXT, 0)):
+        pair.init_flags(offered, wanted)
+        assert pair.feed(frame) == Answer(Verdict.PASSED, frame)
+    pair.init_flags(f.SETXATTR_EXT, f.SETXATTR_EXT)
+    assert pair.feed(frame) == Answer(Verdict.CARRIED, frame)
 
 
 @pytest.mark.parametrize("command", [*f.INODE_IOCTLS, 0x5401, 0, (1 << 32) - 1])

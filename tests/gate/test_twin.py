@@ -204,10 +204,10 @@ class Program(RuleBasedStateMachine):
             self.pair.open_backing(handle, node, allowed)
             self.backed[handle] = node
 
-    @rule(held=st.booleans(), flags=st.sampled_from([0, f.HANDLE_KILLPRIV_V2]))
+    @rule(held=st.booleans(), flags=st.sampled_from([0, f.HANDLE_KILLPRIV_V2, f.SETXATTR_EXT]))
     def options(self, held: bool, flags: int) -> None:
         self.pair.hold_writes(held)
-        self.pair.init_flags(flags, f.HANDLE_KILLPRIV_V2)
+        self.pair.init_flags(flags, f.HANDLE_KILLPRIV_V2 | f.SETXATTR_EXT)
 
     # -- what happens outside ---------------------------------------------------------------------
 

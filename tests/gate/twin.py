@@ -368,7 +368,9 @@ class Twin:
             elif opcode == f.INTERRUPT:
                 f.INTERRUPT_IN.unpack_from(body)
                 answer.verdict = Verdict.ANSWERED  # nobody but Python is asked for anything that lasts
-            elif opcode in _UNCARRIED:
+            elif opcode in _UNCARRIED or (
+                opcode == f.SETXATTR and self.offered & self.wanted & f.SETXATTR_EXT
+            ):
                 answer.verdict = Verdict.CARRIED
             else:
                 self._on_request(opcode, node, body, unique, answer)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.overlay import work
+from tests.posix.place import forked
 from tests.support import mounts
 from tests.support.mounts import FuseOverlayfs, KernelOverlay, Layerfs
 from tests.support.stack import Stack
@@ -111,6 +112,32 @@ def test_fuse_overlayfs_inside(outer: Layerfs, make_stack: type[Stack]) -> None:
             assert_equal(live, work.look(m.mnt), ignore=["mtime_ns"])  # it forgets times of what it wrote
             assert not (m.mnt / "gone").exists() and (m.mnt / "dir" / "swapped").read_bytes() == b"file one"
         assert (store / "low1" / "gone").exists()
+
+
+@pytest.mark.parametrize("uid", [0, 1000])
+def test_the_kernel_copies_up_every_xattr(uid: int, outer: Layerfs, make_stack: type[Stack]) -> None:
+    """It lists them with its mounter's rights, in the thread of whoever changes a file, and so does `outer`
+    for it. Who lists them himself is not shown `trusted.` ones for that."""
+    store = outer.mnt / "store"
+    file = store / "low0" / "copied"
+    file.write_bytes(b"x")
+    os.chmod(file, 0o666)
+    for name in ("user.a", "trusted.a"):
+        os.setxattr(file, name, b"1")
+
+    def append(path: Path) -> list[list[str]]:
+        with open(path, "ab") as opened:
+            opened.write(b"y")
+        return [sorted(os.listxattr(each)) for each in (path, file)]
+
+    with volume(store / "volume") as vol:
+        stack = split_stack(make_stack, store, vol)
+        with KernelOverlay(stack) as m:
+            listed = forked(lambda: append(m.mnt / "copied"), uid=uid, gid=uid)
+            assert listed == 2 * [["trusted.a", "user.a"] if uid == 0 else ["user.a"]]
+            assert stack.upper is not None
+            for path in (m.mnt / "copied", stack.upper / "copied"):
+                assert {"trusted.a", "user.a"} <= set(os.listxattr(path))
 
 
 def test_the_kernel_refuses_a_layerfs_mount_as_upper(outer: Layerfs, make_stack: type[Stack]) -> None:

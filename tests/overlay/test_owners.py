@@ -205,6 +205,15 @@ def test_as_an_idmapped_mount(stack: Stack) -> None:
         assert_equal(snapshot(plain), snapshot(m.mnt), ignore=["mtime_ns"], labels=("plain", "stored"))
 
 
+def test_root_of_the_namespace_keeps_setgid_when_he_sets_an_acl(stack: Stack) -> None:
+    """He may, though he is not in the group (fs/posix_acl.c posix_acl_update_mode)."""
+    with user_namespace() as child, Layerfs(stack, OPTIONS) as m:
+        if not m.has_gate():
+            pytest.skip("pyfuse3 does not hand on what the kernel says of that")
+        as_root_of(child, lambda: os.setxattr(m.mnt / "dir", "system.posix_acl_access", ACL_U7_G8))
+        assert stat.S_IMODE((m.mnt / "dir").stat().st_mode) == 0o2664
+
+
 def test_a_file_capability_works_in_the_namespace(stack: Stack) -> None:
     """execve(2) gives the capability to an ordinary user of the container, as with an idmapped mount."""
 

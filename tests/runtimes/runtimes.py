@@ -89,16 +89,21 @@ def _pivot_root(root: Path, script: str, read_only: bool, run: Runner) -> Run:
     return run(_path("unshare"), *flags, "sh", "-c", bind + pivot_script(read_only=read_only), root, script)
 
 
-def _nspawn(root: Path, script: str, read_only: bool, run: Runner) -> Run:
+def _nspawn(
+    root: Path, script: str, read_only: bool, run: Runner, mapped: tuple[int, int] | None = None
+) -> Run:
     """No systemd needed around it: nothing is registered, and the cgroup stays what it is. The directories
-    that it makes in /run and leaves there go to a tmpfs.
+    that it makes in /run and leaves there go to a tmpfs. `mapped`: a user namespace whose ids from 0 are
+    (first, count) of the host's, and an idmapped mount of the root.
     """
+    users = ["--private-users={}:{}".format(*mapped), "--private-users-ownership=map"] if mapped else []
     return run(
         *(_path("unshare"), "--mount", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh"),
         _path("systemd-nspawn"),
         *("--quiet", "--register=no", "--keep-unit", "--pipe", "--settings=no"),
         *("--resolv-conf=off", "--timezone=off", "--link-journal=no"),
         *(["--read-only"] if read_only else []),
+        *users,
         *(f"--setenv={key}={value}" for key, value in _ENVIRONMENT.items()),
         f"--directory={root}",
         "/bin/sh",
@@ -214,6 +219,15 @@ def runc_mapped(first: int, count: int) -> Runtime:
         return _oci([_path("runc")], bundle, run)
 
     return Runtime("runc", ("runc",), start)
+
+
+def nspawn_mapped(first: int, count: int) -> Runtime:
+    """systemd-nspawn as root, with a user namespace for the container and an idmapped mount of its root."""
+
+    def start(root: Path, script: str, read_only: bool, run: Runner) -> Run:
+        return _nspawn(root, script, read_only, run, mapped=(first, count))
+
+    return Runtime("systemd-nspawn", ("systemd-nspawn",), start)
 
 
 ALL = (

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.overlay.test_idmapped import why_not
 from tests.support.mounts import mounts_below, umount, why_no_layerfs
 from tests.support.stack import Stack
 
@@ -38,6 +39,7 @@ EXPECTED = {
     "crun": "etc",
     "bwrap": "tried",
     "systemd-nspawn": "uid=0(root)",
+    "systemd-nspawn-user": " 0        0 ",
     "runc-rootless": "uid=0(root)",
     "chroot-rootless": "uid=0(root)",
 }
@@ -51,7 +53,7 @@ def run(name: str, where: Path, owner: tuple[int, int] | None) -> str:
     text = RECIPES[name][1]
     if name == "crun" and hybrid_cgroups():
         text = "unshare --mount sh -c 'umount /sys/fs/cgroup/unified && exec \"$@\"' sh " + text
-    if name == "systemd-nspawn":  # its directories in /run go with the namespace
+    if name.startswith("systemd-nspawn"):  # its directories in /run go with the namespace
         text = "unshare --mount sh -c 'mount -t tmpfs none /run && exec \"$@\"' sh " + text
     who = {"user": owner[0], "group": owner[1], "extra_groups": []} if owner else {}
     environment = {
@@ -79,9 +81,11 @@ def test_recipe(name: str, user: str, make_stack: type[Stack], request: pytest.F
     owner = None if user == "root" else request.getfixturevalue("ordinary_user")
     if reason := why_no_layerfs(owner[0] if owner else None):
         pytest.skip(reason)
-    if find(name.removesuffix("-rootless")) is None:
+    if find(re.sub("-(rootless|user)$", "", name)) is None:
         pytest.skip(f"not installed: {name}")
     stack = make_stack(n_lowers=0, name="recipe", owner=owner, writable=False)
+    if name == "systemd-nspawn-user" and (reason := why_not(stack)):
+        pytest.skip(reason)
     (stack.mnt / "base").mkdir()
     stack.write(stack.mnt / "base", root_tree(devices=owner is None))
     if owner:
