@@ -60,6 +60,8 @@ def serve(
     native = _native_gate(config, stack)
     if config.passthrough:
         _pass_through(native, stack, upper)
+    if native is not None and "allow_root" in fuse_options:
+        native.deny_others(os.geteuid())
     if native is not None and _may_be_idmapped(fuse_options):
         native.allow_idmapped()
     reporter = Reporter(_choice(config, native))

@@ -244,6 +244,10 @@ struct gate {
 	 * fuse_add_dirent_to_cache), and passes for what is there now. */
 	bool keeps_listings;
 	bool holds_writes; /* every WRITE is Python's */
+	/* allow_root: nobody but `owner` and root is answered, as by libfuse (fuse_lowlevel.c, deny_others), which does not see
+	 * what is answered here. */
+	bool denies_others;
+	uint32_t owner;
 	/* OPEN is answered by ENOSYS: from then on the kernel opens, flushes and releases without asking, and says which file it means by
 	 * the node id alone (fs/fuse/file.c fuse_file_open). */
 	bool openless;

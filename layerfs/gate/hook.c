@@ -190,7 +190,7 @@ static bool change_opened(const struct gate *gate, const struct iovec *payload, 
 	return id != NULL;
 }
 
-static ssize_t send(int device, struct iovec *parts, int count)
+static ssize_t send_off(int device, struct iovec *parts, int count)
 {
 	ssize_t sent = writev(device, parts, count);
 
@@ -214,7 +214,7 @@ static ssize_t send_reply(int device, struct iovec *parts, int count, void *data
 			opcode = (uint32_t)(uintptr_t)map_take(&armed->asked, header.unique);
 	}
 	if (count != 2 || header.error || !opcode)
-		return send(device, parts, count);
+		return send_off(device, parts, count);
 	changed[0] = parts[0];
 	changed[1] = parts[1];
 	if (opcode == FUSE_INIT && parts[1].iov_len >= sizeof(init)) {
@@ -235,7 +235,7 @@ static ssize_t send_reply(int device, struct iovec *parts, int count, void *data
 		changed[2] = (struct iovec){&opened, sizeof(opened)};
 		count = 3;
 	}
-	return send(device, changed, count);
+	return send_off(device, changed, count);
 }
 
 static int take_over(struct fuse_session *session)

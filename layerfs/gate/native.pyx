@@ -92,6 +92,8 @@ cdef extern from "core.h":
         bint hooked
         bint keeps_listings
         bint holds_writes
+        bint denies_others
+        uint32_t owner
         bint openless
         bint opendirless
         uint32_t stack_depth
@@ -284,6 +286,11 @@ cdef class NativeGate:
         _gate.stack_depth = stack_depth
         _gate.passes_lowers = _gate.keeps_listings
         _gate.extra_init_flags |= PASSTHROUGH
+
+    def deny_others(self, uint32_t owner):
+        """Only root and `owner` are answered."""
+        _gate.denies_others = True
+        _gate.owner = owner
 
     def allow_idmapped(self):
         """The kernel may make idmapped mounts of the mount, which is one with default_permissions. It then

@@ -59,6 +59,9 @@ class Attributes:
     async def set(self, node: Node, change: Change, caller: Caller) -> None:
         """Raises OSError."""
         uid, gid = self._stored_owner(change)
+        if change == Change() and not self._changes_owner_to_itself(node, caller):
+            return
+        drops_setgid = self._drops_setgid(node, change, caller)
         if change.size is not None:
             if not isinstance(node, File):
                 fail(errno.EISDIR)
@@ -83,6 +86,8 @@ class Attributes:
                 self.upper.chown(fd.fd, name, uid, gid)
             else:
                 os.chown(path, uid, gid)
+        if drops_setgid:
+            self._drop_setgid(node, path, None)
         if change.mode is not None:
             if not self.upper.overrides:
                 os.chmod(path, stat.S_IMODE(change.mode))
@@ -102,6 +107,33 @@ class Attributes:
                 os.utime(name, ns=(atime, mtime), dir_fd=fd.fd, follow_symlinks=False)
             else:
                 os.utime(path, ns=(atime, mtime))
+
+    def _changes_owner_to_itself(self, node: Node, caller: Caller) -> bool:
+        """Whether a SETATTR of nothing is chown(-1, -1), which sets ctime and takes setuid away. It may also
+        be a write to a file that has capabilities: then the WRITE that follows does what there is to be done.
+        Who may is left to us: fs/fuse/dir.c fuse_setattr drops the mode, on which others check it. Raises
+        OSError(EPERM)."""
+        if not caller.changes_owner():
+            return False
+        if isinstance(node, File):
+            st = self.tree.stat_real(node)
+            takes_away = st.st_mode & stat.S_ISUID or _is_setgid_program(st.st_mode)
+            if (takes_away or self._loses_setgid(st, caller)) and not caller.owns(self.tree.shown_uid(st)):
+                fail(errno.EPERM)
+        return True
+
+    def _drops_setgid(self, node: Node, change: Change, caller: Caller) -> bool:
+        """Whether a chown takes a setgid away that our own chown leaves, as we are privileged."""
+        sets_owner = change.uid is not None or change.gid is not None or change == Change()
+        sets_owner &= change.mode is None and change.size is None
+        return sets_owner and isinstance(node, File) and self._loses_setgid(self.tree.stat_real(node), caller)
+
+    def _loses_setgid(self, st: os.stat_result, caller: Caller) -> bool:
+        """Setgid of what is no program of its group's goes when somebody changes the owner who is not in that
+        group (fs/attr.c setattr_should_drop_sgid)."""
+        if not st.st_mode & stat.S_ISGID or _is_setgid_program(st.st_mode) or not stat.S_ISREG(st.st_mode):
+            return False
+        return not caller.in_group(self.tree.shown_gid(st)) and not caller.keeps_setid()
 
     def _keep(self, node: Node, path: bytes, uid: int, gid: int, mode: int | None) -> None:
         """chown and chmod where the upper keeps their result in an xattr (-1 and None: as it is). What the
@@ -275,6 +307,10 @@ def list_xattrs(tree: Tree, node: Node, caller: Caller) -> list[bytes]:
     if any(map(_is_trusted, names)) and not caller.is_shown_trusted():
         names = [name for name in names if not _is_trusted(name)]
     return [os.fsencode(name) for name in names]
+
+
+def _is_setgid_program(mode: int) -> bool:
+    return mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP
 
 
 def _is_trusted(name: str) -> bool:

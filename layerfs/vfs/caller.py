@@ -16,6 +16,12 @@ _WRITES = {
     "aarch64": frozenset((64, 68, 66, 70, 287)),
     "riscv64": frozenset((64, 68, 66, 70, 287)),
 }.get(os.uname().machine, frozenset[int]())
+#: chown(2) and its kin, by machine: chown, fchown, lchown, fchownat; and as programs of 32 bits number them.
+_CHOWNS = {
+    "x86_64": frozenset((92, 93, 94, 260, 16, 95, 182, 198, 207, 212, 298)),
+    "aarch64": frozenset((54, 55, 16, 95, 182, 198, 207, 212, 325)),
+    "riscv64": frozenset((54, 55)),
+}.get(os.uname().machine, frozenset[int]())
 #: Calls that list xattrs, by machine: listxattr, llistxattr, flistxattr, listxattrat; and the first three
 #: as programs of 32 bits number them: what bears those numbers else lists none.
 _LISTS_XATTRS = {
@@ -25,7 +31,8 @@ _LISTS_XATTRS = {
 }.get(os.uname().machine)
 #: Set in numbers of system calls of the x32 ABI (asm/unistd.h).
 _X32 = 1 << 30
-#: Bit of CAP_FSETID in the masks of /proc/PID/status (linux/capability.h).
+#: Bits of CAP_FOWNER and CAP_FSETID in the masks of /proc/PID/status (linux/capability.h).
+_CAP_FOWNER = 1 << 3
 _CAP_FSETID = 1 << 4
 _SIGKILL = 1 << signal.SIGKILL - 1
 #: What /proc/PID/ns/user says of the first user namespace (linux/nsfs.h USER_NS_INIT_INO).
@@ -90,14 +97,41 @@ class Caller:
         namespace, as fs/attr.c setattr_should_drop_suidgid asks for it. False where it cannot be known.
 
         For callers that wait for our answer: they cannot change meanwhile."""
-        if self.pid == 0:
-            return False
         try:
-            if not int(self._status(b"CapEff:")[0], 16) & _CAP_FSETID:
-                return False
-            return os.readlink(proc_path(b"%d/ns/user" % self.pid)) == _FIRST_USER_NAMESPACE
-        except (OSError, IndexError):
+            return self._is_capable(_CAP_FSETID) and self._is_in_first_namespace()
+        except (OSError, IndexError, ValueError):
             return False
+
+    def owns(self, uid: int) -> bool:
+        """Whether the caller may do what the owner `uid` of a file may (fs/inode.c inode_owner_or_capable).
+        False where it cannot be known."""
+        if self.is_one_of(uid):
+            return True
+        try:
+            return self._is_capable(_CAP_FOWNER) and (self._is_in_first_namespace() or self._maps(uid))
+        except (OSError, IndexError, ValueError):
+            return False
+
+    def changes_owner(self) -> bool:
+        """Whether the thread is in chown(2) or its kin. False where it cannot be known."""
+        try:
+            return self.pid != 0 and self._call()[0] & ~_X32 in _CHOWNS
+        except (OSError, ValueError):
+            return False
+
+    def _is_capable(self, capability: int) -> bool:
+        """In its own user namespace. Raises OSError."""
+        return self.pid != 0 and bool(int(self._status(b"CapEff:")[0], 16) & capability)
+
+    def _is_in_first_namespace(self) -> bool:
+        return os.readlink(proc_path(b"%d/ns/user" % self.pid)) == _FIRST_USER_NAMESPACE
+
+    def _maps(self, uid: int) -> bool:
+        """Whether the user namespace of the caller has a user for `uid`, as the daemon's counts. Raises
+        OSError, ValueError."""
+        with open(proc_path(b"%d/uid_map" % self.pid), "rb") as lines:
+            ranges = [tuple(map(int, line.split())) for line in lines]
+        return any(outside <= uid < outside + count for _, outside, count in ranges)
 
     def in_group(self, gid: int) -> bool:
         """Whether the caller is a member of a group, its supplementary ones included as far as they can be

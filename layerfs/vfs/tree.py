@@ -643,6 +643,10 @@ class Tree:
             uid, gid = self.owners.uid.shown(uid), self.owners.gid.shown(gid)
         return Attributes(st, uid, gid, ino, nlink, ctime_ns, blocks)
 
+    def shown_uid(self, st: os.stat_result) -> int:
+        """The owner of a real object as it is shown."""
+        return st.st_uid if self.owners is None else self.owners.uid.shown(st.st_uid)
+
     def shown_gid(self, st: os.stat_result) -> int:
         """The group of a real object as it is shown."""
         return st.st_gid if self.owners is None else self.owners.gid.shown(st.st_gid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 
@@ -195,3 +196,20 @@ def test_large_files_are_written(mounted: Layerfs) -> None:
 
     made = caused(mounted, write)
     assert {who: count for (kind, who), count in made.items() if kind == "write"} == {"native": 4}
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("options", ["allow_root", "allow_root,noacl", "allow_root,noacl,gate=off"])
+def test_allow_root_keeps_others_out(make_stack: type[Stack], options: str) -> None:
+    """By libfuse, and by the gate, whose answers libfuse does not see."""
+    stack = make_stack()
+    (stack.lowers[0] / "file").write_text("content")
+    with Layerfs(stack, options) as mount:
+        assert (mount.mnt / "file").read_text() == "content"
+        for what in (["cat", mount.mnt / "file"], ["ls", mount.mnt], ["stat", mount.mnt / "absent"]):
+            done = subprocess.run(
+                ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *what],
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode and "Permission denied" in done.stderr, (what, done)

@@ -164,6 +164,44 @@ def test_chown_clears_setuid(fs: Place, mode: int, who: str) -> object:
     return found
 
 
+@only("open/mine", "open/theirs", "f")
+@people
+@pytest.mark.parametrize("mode", [0o644, 0o4755, 0o2755, 0o2644, 0o6711])
+@compared
+def test_chown_of_nothing(fs: Place, mode: int) -> object:
+    """Anybody may who has nothing to take away by it."""
+    found = []
+    for name in ("open/mine", "open/theirs", "f"):
+        for groups in ((), (OTHER,)):
+            os.chown(fs / name, USER if name == "open/mine" else 0, OTHER)
+            os.chmod(fs / name, mode)
+            found.append(as_user(lambda name=name: err(os.chown, fs / name, -1, -1), USER, USER, groups))
+            found.append(oct(fs.mode(name)))
+    return found
+
+
+@only("open/mine")
+@people
+@pytest.mark.parametrize("groups", [(), (OTHER,)])
+@compared
+def test_chown_takes_setgid_away_from_who_is_not_in_the_group(fs: Place, groups: tuple[int, ...]) -> object:
+    os.chown(fs / "open/mine", USER, OTHER)
+    os.chmod(fs / "open/mine", 0o2644)
+    error = as_user(lambda: err(os.chown, fs / "open/mine", -1, USER), USER, USER, groups)
+    return error, oct(fs.mode("open/mine"))
+
+
+@only("f")
+@people
+@compared
+def test_root_writes_to_what_has_capabilities(fs: Place) -> object:
+    """Capabilities go, whoever writes; setuid and setgid stay with who may keep them."""
+    os.chmod(fs / "f", 0o6755)
+    os.setxattr(fs / "f", "security.capability", bytes.fromhex("01000002 0020") + bytes(14))
+    _write(fs / "f")
+    return oct(fs.mode("f")), os.listxattr(fs / "f")
+
+
 # --- setuid and setgid go when the file is written ---
 
 
