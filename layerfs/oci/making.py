@@ -21,7 +21,7 @@ from layerfs.oci.beneath import DIRECTORY_PATH, in_the_way, open_beneath, subdir
 from layerfs.oci.member import OF_THIS_MACHINE, Kind, Member, display, split
 from layerfs.oci.tally import Tally
 from layerfs.overlay import acl
-from layerfs.overlay.names import FOREIGN, TRUSTED, USER
+from layerfs.overlay.names import MARKS
 
 _CHUNK = 256 << 10
 #: A run of zeros of this size becomes a hole: archives hold sparse files plainly.
@@ -29,9 +29,8 @@ _HOLE = 64 << 10
 _ZEROS = bytes(_HOLE)
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ACLS = (acl.ACCESS, acl.DEFAULT)
-STEERING = (TRUSTED, USER, *FOREIGN)
 #: xattrs that stay on a directory though the layer does not name them: overlay's marks are among them.
-_KEPT = (*STEERING, *OF_THIS_MACHINE)
+_KEPT = (*MARKS, *OF_THIS_MACHINE)
 
 
 class LeftOut(Exception):
@@ -202,7 +201,7 @@ class ObjectMaker:
     def _wanted_xattrs(self, member: Member) -> Mapping[str, bytes]:
         wanted = {}
         for attribute, value in member.xattrs.items():
-            if attribute.startswith(STEERING):
+            if attribute.startswith(MARKS):
                 self._tally.add(
                     f"xattr {display(os.fsencode(attribute))} would steer a merge: dropped", member.name
                 )
