@@ -83,6 +83,7 @@ class LayerSink:
         #: The least recently used one first. All but `_block` may be busy.
         self._blocks = deque(_new_block() for _ in range(2 * encoders + _MORE_BUFFERS))
         self._block = self._blocks.popleft()
+        self._buffer = self._block.buffer
         self._used = 0
 
     def __enter__(self) -> LayerSink:
@@ -96,22 +97,30 @@ class LayerSink:
     def write(self, data: bytes) -> None:
         end = self._used + len(data)
         if end < BLOCK_SIZE:
-            self._block.buffer[self._used : end] = data
+            self._buffer[self._used : end] = data
             self._used = end
             return
         rest = memoryview(data)
         while rest:
-            piece = rest[: BLOCK_SIZE - self._used]
-            end = self._used + len(piece)
-            self._block.buffer[self._used : end] = piece
-            self._used = end
-            if end == BLOCK_SIZE:
-                self._pass_on()
-            rest = rest[len(piece) :]
+            room = self.room(len(rest))
+            room[:] = rest[: len(room)]
+            self.filled(len(room))
+            rest = rest[len(room) :]
+
+    def room(self, size: int) -> memoryview:
+        """Where the next bytes belong: at least one, at most `size`. Of no use any more after the next call
+        of anything here."""
+        return self._buffer[self._used : self._used + size]
+
+    def filled(self, size: int) -> None:
+        """The first `size` bytes of the last `room` are there now."""
+        self._used += size
+        if self._used == BLOCK_SIZE:
+            self._pass_on()
 
     def _pass_on(self) -> None:
         """Gives the block to the threads, and waits for the next free one."""
-        block, data = self._block, self._block.buffer[: self._used]
+        block, data = self._block, self._buffer[: self._used]
         self._tar_size += self._used
         block.busy.append(self._hasher.submit(self._sum, data))
         if self._encoder is None:
@@ -123,6 +132,7 @@ class LayerSink:
         self._blocks.append(block)
         self._block, self._used = self._blocks.popleft(), 0
         self._block.wait()
+        self._buffer = self._block.buffer
 
     def _sum(self, data: memoryview) -> None:
         self._tar_hash.update(data)
