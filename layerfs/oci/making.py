@@ -74,9 +74,9 @@ class ObjectMaker:
     def file(self, parent: Parent, name: bytes, member: Member, data: Data) -> None:
         """Raises OSError (EEXIST when the name is taken); then nothing is left."""
         mode = member.mode
+        owner = (member.uid, member.gid)
         # A mode without w would keep an ordinary user from setting xattrs; 0600 until it belongs to whom it
         # should.
-        owner = (member.uid, member.gid)
         born_right = (
             not mode & (0o7000 | self._masked)
             and not member.xattrs
@@ -213,18 +213,20 @@ class ObjectMaker:
 def _write(fd: int, size: int, data: Data) -> None:
     """Writes the `size` bytes that `data` has; runs of zeros become holes."""
     if size < _HOLE:
-        _write_all(fd, data.read(size))
+        if size:
+            _write_all(fd, data.read(size))
         return
     at = 0
     hole = False
     while chunk := data.read(_CHUNK):
+        begin = 0  # of what is not written yet
         for start in range(0, len(chunk), _HOLE):
-            piece = chunk[start : start + _HOLE]
-            hole = piece == _ZEROS
+            hole = chunk.startswith(_ZEROS, start)
             if hole:
-                os.lseek(fd, len(piece), os.SEEK_CUR)
-            else:
-                _write_all(fd, piece)
+                _write_all(fd, chunk[begin:start])
+                os.lseek(fd, _HOLE, os.SEEK_CUR)
+                begin = start + _HOLE
+        _write_all(fd, chunk[begin:])
         at += len(chunk)
     if hole:
         os.ftruncate(fd, at)

@@ -122,6 +122,16 @@ def plain_path(raw: bytes, what: str = "member") -> bytes:
     reach outside the layer")."""
     if not raw:
         raise TarError(f"a {what} has no name")
+    name = raw[2:] if raw.startswith(b"./") else raw
+    if (
+        0 < len(name) <= MAX_NAME
+        and not name.startswith((b"/", b"."))
+        and not name.endswith(b"/")
+        and b"/." not in name
+        and b"//" not in name
+        and b"\0" not in name
+    ):
+        return name  # most of them
     if b"\0" in raw:
         raise TarError(f"{what} {display(raw)}: its name holds a NUL")
     parts = [part for part in raw.split(b"/") if part and part != b"."]
