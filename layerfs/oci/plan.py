@@ -17,7 +17,7 @@ def check_names(member: Member) -> tuple[Mark, bytes]:
     """What the last name of `member` stands for, and what it hides.
 
     Raises TarError for a member below a whiteout, and for a whiteout that is no plain file."""
-    if whiteout.PREFIX not in member.name:
+    if member.name.find(whiteout.PREFIX) < 0:
         return Mark.ENTRY, b""
     directory, name = split(member.name)
     if any(part.startswith(whiteout.PREFIX) for part in directory.split(b"/")):

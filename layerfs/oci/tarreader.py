@@ -55,7 +55,11 @@ _KINDS = {
     b"6": Kind.FIFO,
 }
 _POWERS: tuple[int, ...] = tuple(10**exponent for exponent in range(10))
+#: Types of headers that belong to the next member, or to all.
+_EXTENDED = frozenset((b"x", b"X", b"g", b"L", b"K"))
 _LINKS = (Kind.SYMLINK, Kind.HARDLINK)
+#: Pax records that are no xattrs; those that most members have.
+_HARMLESS = frozenset((b"mtime", b"atime", b"ctime", b"path"))
 _DEVICES = (Kind.CHAR, Kind.BLOCK)
 _REFUSED = {
     b"S": "a GNU sparse file: write the archive without --sparse",
@@ -282,7 +286,7 @@ class TarReader:
                 return None
             kind = block[156:157]
             _check_sum(block)
-            if kind not in b"xgLKX":
+            if kind not in _EXTENDED:
                 return self._member(block, records or {}, long_name, long_link)
             size = _number(block[124:136], "size")
             used += BLOCK + size
@@ -395,6 +399,8 @@ class TarReader:
     def _xattrs(path: bytes, records: dict[bytes, bytes]) -> dict[str, bytes]:
         found = {}
         for key, value in records.items():
+            if key in _HARMLESS:
+                continue
             if key.startswith(XATTR_KEY):
                 name = xattr_name(key[len(XATTR_KEY) :])
                 if not name or b"\0" in name or len(name) > MAX_NAME or len(value) > MAX_XATTR:
