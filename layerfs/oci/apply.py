@@ -2,7 +2,8 @@
 outside the directory is touched (`beneath`, `building`).
 
 How nothing is half-made: a layer that comes from a regular file is read once before anything is changed
-(`check_layer`), so that a damaged, cut or hostile one is refused with the directory as it was; what replaces
+(`check_layer`), so that a damaged, cut or hostile one is refused with the directory as it was. What is made
+then are the members that were checked, unless they are too many to keep (`tarreader.Contents`). What replaces
 an object is made under a temporary name and renamed over it when it is whole; what cannot be finished is
 taken away again.
 
