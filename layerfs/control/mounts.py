@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from layerfs.errors import MountError, UsageError
-from layerfs.fdutil import syncfs
-from layerfs.overlay.names import TRUSTED, USER, XattrNames
+from layerfs.fdutil import at_path, syncfs
+from layerfs.overlay.names import TRUSTED, USER, LateNames, XattrNames
 from layerfs.stack import Stack
 
 INFO_ATTRIBUTE = "layerfs.mount"
@@ -147,17 +147,26 @@ def open_layers(
             sync(mountpoint, info)
         else:
             flush(mountpoint)
-        prefix = info.prefix or (_guess_prefix(info.upper) if info.upper is not None else TRUSTED)
+        prefix = info.prefix
+        if prefix is None:
+            prefix = _guess_prefix(os.fsencode(info.upper)) if info.upper is not None else TRUSTED
         stack = Stack(info.lowers, info.upper, XattrNames(prefix))
         _refuse_covered(mountpoint, stack)
         return stack
     if upper is None or not lowers:
         raise UsageError("give MOUNTPOINT, or --upper and at least one --lower")
-    prefix = _guess_prefix(upper) if userxattr is None else USER if userxattr else TRUSTED
-    return Stack(lowers, upper, XattrNames(prefix))
+    if userxattr is None:
+        # Takes a walk, and most uppers carry no marks at all: then nobody asks.
+        names: XattrNames = LateNames(lambda: _guess_prefix(at_path(opened.fd.fd, b".")))
+    else:
+        names = XattrNames(USER if userxattr else TRUSTED)
+    stack = Stack(lowers, upper, names)
+    assert stack.upper is not None
+    opened = stack.upper
+    return stack
 
 
-def _guess_prefix(upper: str) -> str:
+def _guess_prefix(upper: bytes) -> str:
     """Under which prefix the marks of an unmounted upper are: that of the first one found.
 
     Only root of the initial user namespace can set or see `trusted.`; it takes that where there is no mark at
@@ -181,7 +190,7 @@ def _guess_prefix(upper: str) -> str:
     return TRUSTED
 
 
-def _mark(path: str) -> str | None:
+def _mark(path: bytes) -> str | None:
     """The prefix of an overlay mark on `path`. A user's own attribute, which is stored escaped, is none."""
     for name in os.listxattr(path, follow_symlinks=False):
         for prefix in (TRUSTED, USER):

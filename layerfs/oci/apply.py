@@ -2,7 +2,8 @@
 outside the directory is touched (`beneath`, `building`).
 
 How nothing is half-made: a layer that comes from a regular file is read once before anything is changed
-(`check_layer`), so that a damaged, cut or hostile one is refused with the directory as it was; what replaces
+(`check_layer`), so that a damaged, cut or hostile one is refused with the directory as it was. What is made
+then are the members that were checked, unless they are too many to keep (`tarreader.Contents`). What replaces
 an object is made under a temporary name and renamed over it when it is whole; what cannot be finished is
 taken away again.
 
@@ -30,7 +31,7 @@ from layerfs.oci.member import Kind, Member, display, join, made_up_time, split
 from layerfs.oci.plan import Plan
 from layerfs.oci.progress import Progress
 from layerfs.oci.streams import LayerSource
-from layerfs.oci.tarreader import TarReader
+from layerfs.oci.tarreader import Contents, TarReader
 from layerfs.oci.told import reader
 
 __all__ = ["Applied", "apply_layer", "check_layer"]
@@ -42,17 +43,18 @@ def apply_layer(fd: int, target: str, progress: Progress | None = None) -> Appli
 
     Raises TarError for a bad layer (before anything was changed when `fd` is a regular file), LayerError with
     the errno where the file system refuses (ENOSPC, EROFS, EACCES, …) or one that cannot be applied here."""
+    contents = None
     if stat.S_ISREG(os.fstat(fd).st_mode):
         start = os.lseek(fd, 0, os.SEEK_CUR)
         if progress is not None:
             progress.total(2 * (os.fstat(fd).st_size - start))
-        check_layer(fd, target, progress)
+        contents = check_layer(fd, target, progress)
         os.lseek(fd, start, os.SEEK_SET)
     source = LayerSource(fd)
     applier = _Applier(target)
     # What it holds open must not live as long as somebody keeps an exception.
     with contextlib.closing(applier):
-        return _run(applier, reader(source, progress), target)
+        return _run(applier, reader(source, progress, contents), target)
 
 
 def _run(applier: _Applier, members: TarReader, target: str) -> Applied:
@@ -67,12 +69,20 @@ def _run(applier: _Applier, members: TarReader, target: str) -> Applied:
         raise LayerError(f"{refusal(error)}; {part}", error.errno) from error
 
 
-def check_layer(fd: int, target: str, progress: Progress | None = None) -> None:
-    """Reads a layer to its end and changes nothing. Raises TarError for whatever will keep it from being
-    applied to `target`; only the file system's own refusals (ENOSPC, EACCES, …) are left to be met later."""
+def check_layer(fd: int, target: str, progress: Progress | None = None) -> Contents:
+    """Reads a layer to its end and changes nothing; returns what it holds.
+
+    Raises TarError for whatever will keep it from being applied to `target`; only the file system's own
+    refusals (ENOSPC, EACCES, …) are left to be met later."""
     plan = Plan(OwnedFd(os.open(target, ROOT)))
-    for member in reader(LayerSource(fd), progress):
-        plan.add(member)
+    contents = Contents()
+    with LayerSource(fd) as source:
+        members = reader(source, progress)
+        for member in members:
+            plan.add(member)
+            contents.add(member, source.position)
+        contents.notes = members.notes
+    return contents
 
 
 class _Applier(Builder):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -45,9 +45,9 @@ class Exclude(Protocol):
         """Whether `path` is to be taken as if it had not been changed."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Change:
-    """One name that differs, or is carried along.
+    """One name that differs, or is carried along. Never changed, as `Member`.
 
     `member` is what the name is now, hard links included (`Kind.HARDLINK` to a name that came earlier); None
     for a deletion and for what is excluded. `data`: a file's bytes; None for everything else."""
@@ -80,6 +80,8 @@ class _Frame:
     path: bytes
     new: _View
     new_names: Mapping[bytes, Entry]
+    #: those of `new_names` that a listing called neither directory nor regular file
+    special: Container[bytes]
     base: _View | None
     base_names: Mapping[bytes, Entry]
     todo: Iterator[bytes]
@@ -145,14 +147,15 @@ class ChangeFinder:
         self, frames: list[_Frame], path: bytes, new: _View, base: _View | None, own: Change | None
     ) -> Iterator[Change]:
         """Pushes a directory; gives its own change and the deletions in it."""
-        new_names = self._load(new).names
+        merged = self._load(new)
+        new_names = merged.names
         base_names = self._load(base).names if base is not None else {}
         deleted = sorted(base_names.keys() - new_names.keys())
         if base is not None and _places(new.lowers) == _places(base.lowers):
             todo = sorted(name for name, entry in new_names.items() if entry.home is None)
         else:
             todo = sorted(new_names)
-        frame = _Frame(path, new, new_names, base, base_names, iter(todo), own)
+        frame = _Frame(path, new, new_names, merged.special, base, base_names, iter(todo), own)
         frames.append(frame)
         if own is not None and (own.kind is not ChangeKind.CARRIED or (self._keep and new.upper is not None)):
             yield from _told(frames)
@@ -164,7 +167,19 @@ class ChangeFinder:
                 yield from _told(frames)
                 yield Change(ChangeKind.DELETED, gone)
 
-    def _visit(self, frames: list[_Frame], frame: _Frame, name: bytes) -> Iterator[Change]:
+    def _visit(self, frames: list[_Frame], frame: _Frame, name: bytes) -> Iterable[Change]:
+        """What there is to tell of one name in the innermost directory."""
+        entry = frame.new_names[name]
+        if entry.is_dir or name in frame.base_names or frame.waiting is not None:
+            return self._compare_name(frames, frame, name)
+        # Most names of most uppers: new, and so are all the directories above.
+        path = join(frame.path, name)
+        if self._is_excluded(path, is_dir=False):
+            return (Change(ChangeKind.EXCLUDED, path),)
+        now = self._look(frame, name, entry, path)
+        return () if now is None else (self._told_as(ChangeKind.ADDED, path, now),)
+
+    def _compare_name(self, frames: list[_Frame], frame: _Frame, name: bytes) -> Iterator[Change]:
         path = join(frame.path, name)
         entry = frame.new_names[name]
         base_entry = frame.base_names.get(name)
@@ -177,14 +192,7 @@ class ChangeFinder:
         if self._is_excluded(path, entry.is_dir):
             yield Change(ChangeKind.EXCLUDED, path)
             return
-        try:
-            now = self._describe(frame.new, name, entry, path, self._wanted)
-        except FileNotFoundError:
-            now = None
-            self._notes.append(f"{display(path)}: vanished while it was read")
-        else:
-            if now is None:
-                self._notes.append(f"{display(path)}: a socket, which a layer cannot hold: skipped")
+        now = self._look(frame, name, entry, path)
         if now is None:
             if base_entry is not None:
                 yield from _told(frames)
@@ -199,6 +207,24 @@ class ChangeFinder:
         if new_child is not None:
             yield from self._enter(frames, path, new_child, base_child, Change(kind, path, now.member))
             return
+        if kind is not ChangeKind.UNCHANGED:
+            yield from _told(frames)
+        yield self._told_as(kind, path, now)
+
+    def _look(self, frame: _Frame, name: bytes, entry: Entry, path: bytes) -> Found | None:
+        """What is there now; None, noted, for what a layer cannot hold."""
+        regular = not entry.is_dir and name not in frame.special
+        try:
+            now = self._describe(frame.new, name, entry, path, self._wanted, regular=regular)
+        except FileNotFoundError:
+            self._notes.append(f"{display(path)}: vanished while it was read")
+            return None
+        if now is None:
+            self._notes.append(f"{display(path)}: a socket, which a layer cannot hold: skipped")
+        return now
+
+    def _told_as(self, kind: ChangeKind, path: bytes, now: Found) -> Change:
+        """The change of what is no directory."""
         member, data = now.member, now.data
         if now.stat.st_nlink > 1:
             first = self._first_names.setdefault(_identity(now.stat), member)
@@ -208,9 +234,7 @@ class ChangeFinder:
                     first, name=path, kind=Kind.HARDLINK, size=0, target=first.name, rdev=(0, 0), xattrs={}
                 )
                 data = None
-        if kind is not ChangeKind.UNCHANGED:
-            yield from _told(frames)
-        yield Change(kind, path, member, data)
+        return Change(kind, path, member, data)
 
     def _is_excluded(self, path: bytes, is_dir: bool) -> bool:
         return self._exclude is not None and self._exclude(path, is_dir=is_dir)
@@ -255,11 +279,13 @@ class ChangeFinder:
         entry: Entry,
         path: bytes,
         wanted: Callable[[os.stat_result], bool] | None = None,
+        *,
+        regular: bool = False,
     ) -> Found | None:
         """The object under `name`; None for a socket."""
         home = entry.home if entry.home is not None else view.upper
         assert home is not None
-        return self._objects.describe(home, name, path, view.lowers, wanted)
+        return self._objects.describe(home, name, path, view.lowers, wanted, regular=regular)
 
 
 def _compare(now: Found, then: Found | None) -> ChangeKind:

@@ -7,14 +7,15 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from layerfs.errors import LayerError, UsageError
 from layerfs.fdutil import fd_path
-from layerfs.oci.changes import Change, ChangeFinder, ChangeKind, whiteout_member
+from layerfs.oci.changes import ChangeFinder, ChangeKind, whiteout_member
 from layerfs.oci.exclude import Excluded
-from layerfs.oci.member import display, made_up_time
+from layerfs.oci.member import Member, display, made_up_time
+from layerfs.oci.objects import Data
 from layerfs.oci.progress import Progress, Silent
 from layerfs.oci.snapshot import Snapshots
 from layerfs.oci.streams import LayerSink, Written
@@ -81,6 +82,7 @@ def write_layer(
     )
     if stack.upper is not None and not options.whole and not isinstance(progress, Silent):
         progress.total(_size(stack.upper))
+    watched = None if isinstance(progress, Silent) else progress
     counts = dict.fromkeys(ChangeKind, 0)
     file_bytes = 0
     with LayerSink(fd, options.compression, options.level) as sink:
@@ -93,7 +95,7 @@ def write_layer(
                 writer.add(whiteout_member(change.path, seconds))
             elif change.data is not None and change.member.size:
                 file_bytes += change.member.size
-                writer.add(change.member, _told(change, change.member.size, progress))
+                _add_file(writer, change.member, change.data, sink, watched)
             else:
                 writer.add(change.member)
         writer.finish()
@@ -110,20 +112,31 @@ def write_layer(
     )
 
 
-def _told(change: Change, size: int, progress: Progress) -> Iterable[bytes]:
+def _add_file(
+    writer: TarWriter, member: Member, data: Data, sink: LayerSink, progress: Progress | None
+) -> None:
+    """Raises LayerError when it has become shorter (a live mount)."""
+    if progress is not None:
+        progress.describe(display(member.name))
+    try:
+        writer.add_file(member, data if progress is None else _Counted(data, progress), sink)
+    except EOFError:
+        raise LayerError(
+            f"{display(member.name)}: became shorter while it was read; try again when nobody writes to it"
+        ) from None
+
+
+class _Counted:
     """The bytes of a file, as `progress` hears of them."""
-    assert change.data is not None
-    chunks = change.data.chunks(size, change.path)
-    if isinstance(progress, Silent):
-        return chunks
-    progress.describe(display(change.path))
-    return _counted(chunks, progress)
 
+    def __init__(self, data: Data, progress: Progress) -> None:
+        self._data = data
+        self._progress = progress
 
-def _counted(chunks: Iterable[bytes], progress: Progress) -> Iterator[bytes]:
-    for chunk in chunks:
-        yield chunk
-        progress.advance(len(chunk))
+    def read_into(self, target: memoryview, offset: int) -> int:
+        read = self._data.read_into(target, offset)
+        self._progress.advance(read)
+        return read
 
 
 def _size(upper: Layer) -> int:

@@ -69,7 +69,7 @@ class Expansion:
 
     def add(self, piece: bytes, raw_size: int) -> None:
         """Counts a piece; `raw_size`: bytes read so far for all pieces. Raises TarError beyond the limit."""
-        if piece != _ZEROS and piece.strip(b"\0"):
+        if not _ZEROS.startswith(piece):
             self._data += len(piece)
             if self._data > max(FREE_EXPANSION, MAX_RATIO * raw_size):
                 raise TarError(

@@ -73,16 +73,16 @@ class _File:
     def __init__(self, fd: int, size: int) -> None:
         self._fd = fd
         self._size = size
-        self.at = 0
+        self.position = 0
 
     def read(self, size: int) -> bytes:
-        data = _read_at(self._fd, _Place(self.at, size))
-        self.at += len(data)
+        data = _read_at(self._fd, _Place(self.position, size))
+        self.position += len(data)
         return data
 
     def skip(self, size: int) -> bool:
-        self.at += size
-        return self.at <= self._size
+        self.position += size
+        return self.position <= self._size
 
 
 class DockerArchive:
@@ -128,7 +128,7 @@ class DockerArchive:
                 self._files.pop(member.name, None)
                 self._links.pop(member.name, None)
                 if member.kind is Kind.FILE:
-                    self._files[member.name] = _Place(file.at, member.size)
+                    self._files[member.name] = _Place(file.position, member.size)
                 elif member.kind is Kind.HARDLINK:
                     self._links[member.name] = member.target
                 elif member.kind is Kind.SYMLINK:

@@ -26,12 +26,12 @@ from dataclasses import replace
 
 from layerfs.errors import LayerError, TarError
 from layerfs.oci.beneath import behind_link, below_no_directory
-from layerfs.oci.making import STEERING
 from layerfs.oci.member import Kind, Mark, Member, display, join, split
 from layerfs.oci.packed import MAX_HELD, NAME_COST, PackedObjects, Place
 from layerfs.oci.plan import check_names, is_whiteout_device
 from layerfs.oci.tally import Tally
 from layerfs.overlay import whiteout
+from layerfs.overlay.names import MARKS
 
 _DIRECTORY_COST = 400
 #: `_Directory.record`: attributes come from below.
@@ -369,11 +369,11 @@ class FlatTree:
 
 def without_steering(member: Member, tally: Tally) -> Member:
     """`member` without the xattrs that would steer a merge, each told to `tally`."""
-    if not any(attribute.startswith(STEERING) for attribute in member.xattrs):
+    if not any(attribute.startswith(MARKS) for attribute in member.xattrs):
         return member
     xattrs = {}
     for attribute, value in member.xattrs.items():
-        if attribute.startswith(STEERING):
+        if attribute.startswith(MARKS):
             tally.add(f"xattr {display(os.fsencode(attribute))} would steer a merge: dropped", member.name)
         else:
             xattrs[attribute] = value

@@ -21,7 +21,7 @@ from layerfs.oci.beneath import DIRECTORY_PATH, in_the_way, open_beneath, subdir
 from layerfs.oci.member import OF_THIS_MACHINE, Kind, Member, display, split
 from layerfs.oci.tally import Tally
 from layerfs.overlay import acl
-from layerfs.overlay.names import FOREIGN, TRUSTED, USER
+from layerfs.overlay.names import MARKS
 
 _CHUNK = 256 << 10
 #: A run of zeros of this size becomes a hole: archives hold sparse files plainly.
@@ -29,9 +29,8 @@ _HOLE = 64 << 10
 _ZEROS = bytes(_HOLE)
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ACLS = (acl.ACCESS, acl.DEFAULT)
-STEERING = (TRUSTED, USER, *FOREIGN)
 #: xattrs that stay on a directory though the layer does not name them: overlay's marks are among them.
-_KEPT = (*STEERING, *OF_THIS_MACHINE)
+_KEPT = (*MARKS, *OF_THIS_MACHINE)
 
 
 class LeftOut(Exception):
@@ -75,9 +74,9 @@ class ObjectMaker:
     def file(self, parent: Parent, name: bytes, member: Member, data: Data) -> None:
         """Raises OSError (EEXIST when the name is taken); then nothing is left."""
         mode = member.mode
+        owner = (member.uid, member.gid)
         # A mode without w would keep an ordinary user from setting xattrs; 0600 until it belongs to whom it
         # should.
-        owner = (member.uid, member.gid)
         born_right = (
             not mode & (0o7000 | self._masked)
             and not member.xattrs
@@ -202,7 +201,7 @@ class ObjectMaker:
     def _wanted_xattrs(self, member: Member) -> Mapping[str, bytes]:
         wanted = {}
         for attribute, value in member.xattrs.items():
-            if attribute.startswith(STEERING):
+            if attribute.startswith(MARKS):
                 self._tally.add(
                     f"xattr {display(os.fsencode(attribute))} would steer a merge: dropped", member.name
                 )
@@ -214,18 +213,20 @@ class ObjectMaker:
 def _write(fd: int, size: int, data: Data) -> None:
     """Writes the `size` bytes that `data` has; runs of zeros become holes."""
     if size < _HOLE:
-        _write_all(fd, data.read(size))
+        if size:
+            _write_all(fd, data.read(size))
         return
     at = 0
     hole = False
     while chunk := data.read(_CHUNK):
+        begin = 0  # of what is not written yet
         for start in range(0, len(chunk), _HOLE):
-            piece = chunk[start : start + _HOLE]
-            hole = piece == _ZEROS
+            hole = chunk.startswith(_ZEROS, start)
             if hole:
-                os.lseek(fd, len(piece), os.SEEK_CUR)
-            else:
-                _write_all(fd, piece)
+                _write_all(fd, chunk[begin:start])
+                os.lseek(fd, _HOLE, os.SEEK_CUR)
+                begin = start + _HOLE
+        _write_all(fd, chunk[begin:])
         at += len(chunk)
     if hole:
         os.ftruncate(fd, at)

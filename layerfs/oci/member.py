@@ -31,9 +31,10 @@ class Kind(enum.Enum):
     FIFO = b"6"
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: that made making one five times as slow (1.3 against 0.25 µs), and a layer has many.
+@dataclass(slots=True)
 class Member:
-    """An entry of a layer.
+    """An entry of a layer. Never changed: others may hold it.
 
     `name` is relative to the layer's root and plain (`a/b`: no `.`, `..`, leading or trailing slash); b"" is
     the root itself. `target` is where a symlink points (any bytes) or which earlier name a hard link joins
@@ -67,17 +68,18 @@ _KINDS = {
 
 def member_of(path: bytes, st: os.stat_result, xattrs: Mapping[str, bytes], target: bytes = b"") -> Member:
     """An object, no socket, as a member under the name `path`; `target`: where a symbolic link points."""
-    kind = _KINDS[stat.S_IFMT(st.st_mode)]
+    mode = st.st_mode
+    kind = _KINDS[stat.S_IFMT(mode)]
     return Member(
         path,
         kind,
-        stat.S_IMODE(st.st_mode),
+        mode & 0o7777,
         st.st_uid,
         st.st_gid,
         st.st_mtime_ns,
         st.st_size if kind is Kind.FILE else 0,
         target,
-        (os.major(st.st_rdev), os.minor(st.st_rdev)) if kind in (Kind.CHAR, Kind.BLOCK) else (0, 0),
+        (os.major(st.st_rdev), os.minor(st.st_rdev)) if kind is Kind.CHAR or kind is Kind.BLOCK else (0, 0),
         xattrs,
     )
 
@@ -121,6 +123,16 @@ def plain_path(raw: bytes, what: str = "member") -> bytes:
     reach outside the layer")."""
     if not raw:
         raise TarError(f"a {what} has no name")
+    name = raw[2:] if raw.startswith(b"./") else raw
+    if (
+        0 < len(name) <= MAX_NAME
+        and not name.startswith((b"/", b"."))
+        and not name.endswith(b"/")
+        and name.find(b"/.") < 0  # `in` takes four times as long: it asks first whether that is a number
+        and name.find(b"//") < 0
+        and name.find(b"\0") < 0
+    ):
+        return name  # most of them
     if b"\0" in raw:
         raise TarError(f"{what} {display(raw)}: its name holds a NUL")
     parts = [part for part in raw.split(b"/") if part and part != b"."]

@@ -2,8 +2,8 @@
 are. Reads only; what is compared, and what goes into a layer, is `changes`' business.
 
 A name that came from a listing is a single component, so plain openat(2) with O_NOFOLLOW in the opened
-directory leads nowhere else. Only what lstat(2) calls a regular file is ever opened: opening a device does
-something.
+directory leads nowhere else. Only what lstat(2), or where nobody writes a listing, calls a regular file is
+ever opened: opening a device does something.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from layerfs.errors import LayerError
 from layerfs.fdutil import OwnedFd, at_path
 from layerfs.oci.member import OF_THIS_MACHINE, Member, display, member_of
 from layerfs.oci.snapshot import Moment, Snapshots
-from layerfs.oci.tarwriter import read_chunks
-from layerfs.overlay.names import shown
+from layerfs.overlay.names import has_marks, shown
 from layerfs.stack import LowerDir, Stack, data_source, read_marks
 
 _COMPARE = 1 << 20
@@ -35,16 +34,18 @@ _CHANGED = (errno.ELOOP, errno.ENXIO, errno.ESTALE)
 class Data:
     """The bytes of a file: in memory, behind a descriptor, or not opened yet."""
 
-    __slots__ = ("_fd", "_held", "_opener", "place")
+    __slots__ = ("_fd", "_held", "_opener", "path", "place")
 
     def __init__(
         self,
+        path: bytes,
         place: tuple[int, bytes, bytes] | None,
-        *,
         fd: OwnedFd | None = None,
         held: bytes | None = None,
         opener: Callable[[], OwnedFd] | None = None,
     ) -> None:
+        #: in the merged tree
+        self.path = path
         #: (layer, directory, name): equal places hold equal bytes. None for a copy.
         self.place = place
         self._fd = fd
@@ -63,15 +64,16 @@ class Data:
             return self._held[offset : offset + size]
         return os.pread(self._opened().fd, size, offset)
 
-    def chunks(self, size: int, path: bytes) -> Iterable[bytes]:
-        """The first `size` bytes. Raises LayerError."""
+    def read_into(self, target: memoryview, offset: int) -> int:
+        """Puts bytes from `offset` on into `target`: their number, 0 only at the end. Raises LayerError."""
         if self._held is not None:
-            return (self._held,)
+            held = self._held[offset : offset + len(target)]
+            target[: len(held)] = held
+            return len(held)
         try:
-            fd = self._opened().fd
+            return os.preadv((self._fd or self._opened()).fd, (target,), offset)
         except OSError as error:
-            raise unreadable(path, error) from error
-        return read_chunks(fd, size, path)
+            raise unreadable(self.path, error) from error
 
     def equals(self, other: Data, size: int) -> bool:
         """Whether the first `size` bytes are the same. Raises OSError.
@@ -104,6 +106,9 @@ class Objects:
         """`snapshots`: takes the files of the upper, which is being written to meanwhile."""
         self._stack = stack
         self._snapshots = snapshots
+        #: the directory that was looked into last
+        self._home: LowerDir | None = None
+        self._directory: OwnedFd | None = None
 
     def describe(
         self,
@@ -112,13 +117,22 @@ class Objects:
         path: bytes,
         lowers: Sequence[LowerDir],
         wanted: Callable[[os.stat_result], bool] | None = None,
+        *,
+        regular: bool = False,
     ) -> Found | None:
         """The object `name` in the directory `home`, to be shown as `path`; None for a socket. `lowers` are
         the lower directories of the one that shows it.
 
         Files for which `wanted` is true are opened, and all that is said of them is of one moment; the others
-        are opened when somebody reads them. Raises OSError, ENOENT when it vanished."""
-        directory = self._stack.open(home)
+        are opened when somebody reads them. `regular`: a listing called it a regular file; where nobody
+        writes that is as good as lstat(2). Raises OSError, ENOENT when it vanished."""
+        directory = self._open(home)
+        if regular and wanted is not None and not self._is_live(home):
+            try:
+                return self._opened_file(home, directory, name, path, lowers)
+            except OSError as error:
+                if error.errno not in _CHANGED:
+                    raise
         tries = _TRIES
         while True:
             st = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
@@ -144,6 +158,18 @@ class Objects:
             _, xattrs = _xattrs(at_path(directory.fd, name))
             return Found(member_of(path, st, xattrs, target), st, None)
 
+    def _open(self, home: LowerDir) -> OwnedFd:
+        """The directory `home`; names come from one after the other."""
+        if home is not self._home:
+            self._directory = self._stack.open(home)
+            self._home = home
+        assert self._directory is not None
+        return self._directory
+
+    def _is_live(self, home: LowerDir) -> bool:
+        """Whether it may be written to meanwhile."""
+        return self._snapshots is not None and home.layer.index < 0
+
     def describe_root(self, root: LowerDir) -> Member:
         fd = self._stack.open(root).fd
         _, xattrs = _xattrs(at_path(fd, b"."))
@@ -158,21 +184,23 @@ class Objects:
         lowers: Sequence[LowerDir],
     ) -> Found:
         fd = _open_file(directory.fd, name)
+        st = os.fstat(fd.fd)
+        if not stat.S_ISREG(st.st_mode):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         if self._snapshots is not None and home.layer.index < 0:
 
             def look() -> Moment:
                 names, xattrs = _xattrs(fd.fd)
-                return Moment(names, xattrs, has_data=self._stack.names.metacopy not in names)
+                return Moment(names, xattrs, has_data=not self._is_metacopy(names))
 
             moment, st, copy = self._snapshots.take(fd, path, look)
             stored, xattrs = moment.stored, moment.xattrs
-            data = Data(None, held=copy) if isinstance(copy, bytes) else Data(None, fd=copy)
+            data = Data(path, None, held=copy) if isinstance(copy, bytes) else Data(path, None, copy)
         else:
-            st = os.fstat(fd.fd)
             stored, xattrs = _xattrs(fd.fd)
-            data = Data((home.layer.index, home.path, name), fd=fd)
-        if self._stack.names.metacopy in stored:
-            data = self._data_below(home, directory, name, lowers)
+            data = Data(path, (home.layer.index, home.path, name), fd)
+        if stored and self._is_metacopy(stored):
+            data = self._data_below(home, directory, name, path, lowers)
         return Found(member_of(path, st, xattrs), st, data)
 
     def _closed_file(
@@ -185,34 +213,43 @@ class Objects:
         st: os.stat_result,
     ) -> Found:
         stored, xattrs = _xattrs(at_path(directory.fd, name))
-        if self._stack.names.metacopy in stored:
-            data = self._data_below(home, directory, name, lowers)
+        if self._is_metacopy(stored):
+            data = self._data_below(home, directory, name, path, lowers)
         else:
-            data = self._data_in(home, name)
+            data = self._data_in(home, name, path)
         return Found(member_of(path, st, xattrs), st, data)
 
+    def _is_metacopy(self, stored: Sequence[str]) -> bool:
+        return has_marks(stored) and self._stack.names.metacopy in stored
+
     def _data_below(
-        self, home: LowerDir, directory: OwnedFd, name: bytes, lowers: Sequence[LowerDir]
+        self, home: LowerDir, directory: OwnedFd, name: bytes, path: bytes, lowers: Sequence[LowerDir]
     ) -> Data:
         """The data of a file that is metadata only."""
         below = home.layer.index
         marks = read_marks(directory.fd, name, self._stack.names, lower=below >= 0)
-        return self._data_in(*data_source(self._stack, lowers, name, marks.redirect, below))
+        return self._data_in(*data_source(self._stack, lowers, name, marks.redirect, below), path)
 
-    def _data_in(self, home: LowerDir, name: bytes) -> Data:
+    def _data_in(self, home: LowerDir, name: bytes, path: bytes) -> Data:
         def opener() -> OwnedFd:
-            return _open_file(self._stack.open(home).fd, name)
+            return _open_regular(self._stack.open(home).fd, name)
 
-        return Data((home.layer.index, home.path, name), opener=opener)
+        return Data(path, (home.layer.index, home.path, name), opener=opener)
 
 
 def _open_file(directory: int, name: bytes) -> OwnedFd:
-    """A readable descriptor of the regular file `name`, access time left alone where we may. Raises OSError,
-    one of `_CHANGED` where it is something else by now."""
+    """A readable descriptor of `name`, which was a regular file a moment ago, access time left alone where we
+    may. Raises OSError, one of `_CHANGED` where it is something else by now; a fifo and a device are left to
+    the caller."""
     try:
-        fd = OwnedFd(os.open(name, _FILE | os.O_NOATIME, dir_fd=directory))
+        return OwnedFd(os.open(name, _FILE | os.O_NOATIME, dir_fd=directory))
     except PermissionError:
-        fd = OwnedFd(os.open(name, _FILE, dir_fd=directory))
+        return OwnedFd(os.open(name, _FILE, dir_fd=directory))
+
+
+def _open_regular(directory: int, name: bytes) -> OwnedFd:
+    """`_open_file`, a fifo and a device among `_CHANGED`."""
+    fd = _open_file(directory, name)
     if not stat.S_ISREG(os.fstat(fd.fd).st_mode):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
     return fd
@@ -228,7 +265,7 @@ def _xattrs(where: int | bytes) -> tuple[list[str], dict[str, bytes]]:
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
-        return [], found
+        names = []
     for stored in names:
         attribute = shown(stored)
         if attribute is None or attribute in OF_THIS_MACHINE:

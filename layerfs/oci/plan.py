@@ -24,10 +24,10 @@ def check_names(member: Member) -> tuple[Mark, bytes]:
 
     Raises TarError for that, for a member below a whiteout, and for a whiteout that is no plain file."""
     target = member.target if member.kind is Kind.HARDLINK else b""
-    if whiteout.PREFIX in target and any(is_aufs(part) for part in target.split(b"/")):
+    if target.find(whiteout.PREFIX) >= 0 and any(is_aufs(part) for part in target.split(b"/")):
         what = f"hard link {display(member.name)} to {display(target)}"
         raise TarError(f"{what}: that is book-keeping of AUFS, which is not kept")
-    if whiteout.PREFIX not in member.name:
+    if member.name.find(whiteout.PREFIX) < 0:
         return Mark.ENTRY, b""
     directory, name = split(member.name)
     for part in directory.split(b"/"):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from layerfs.ids import DiffId, Digest
 from layerfs.oci.compression import BLOCK_SIZE, COMPRESSIONS, MEDIA_TYPES, check_level, make_encoder
 from layerfs.oci.decompression import MAGIC, PIECE, Decoder, Expansion, make_decoder
-from layerfs.oci.rawio import RawInput, RawOutput
+from layerfs.oci.rawio import RAW, RawInput, RawOutput
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +28,10 @@ __all__ = ["COMPRESSIONS", "MEDIA_TYPES", "LayerSink", "LayerSource", "Written",
 #: Blocks in work beyond two for each thread that compresses: they are filled, hashed and written in order,
 #: and on a busy machine each of these waits for its turn now and then.
 _MORE_BUFFERS = 6
+#: Who passes over so many bytes of a file at once will pass over more, and reads fewer ahead as long as he
+#: does.
+_FAR = 4 << 10
+_NEAR = 2 << 10
 #: Pieces that are decompressed before somebody asks for them.
 _AHEAD = 3
 
@@ -83,6 +87,7 @@ class LayerSink:
         #: The least recently used one first. All but `_block` may be busy.
         self._blocks = deque(_new_block() for _ in range(2 * encoders + _MORE_BUFFERS))
         self._block = self._blocks.popleft()
+        self._buffer = self._block.buffer
         self._used = 0
 
     def __enter__(self) -> LayerSink:
@@ -96,22 +101,30 @@ class LayerSink:
     def write(self, data: bytes) -> None:
         end = self._used + len(data)
         if end < BLOCK_SIZE:
-            self._block.buffer[self._used : end] = data
+            self._buffer[self._used : end] = data
             self._used = end
             return
         rest = memoryview(data)
         while rest:
-            piece = rest[: BLOCK_SIZE - self._used]
-            end = self._used + len(piece)
-            self._block.buffer[self._used : end] = piece
-            self._used = end
-            if end == BLOCK_SIZE:
-                self._pass_on()
-            rest = rest[len(piece) :]
+            room = self.room(len(rest))
+            room[:] = rest[: len(room)]
+            self.filled(len(room))
+            rest = rest[len(room) :]
+
+    def room(self, size: int) -> memoryview:
+        """Where the next bytes belong: at least one, at most `size`. Of no use any more after the next call
+        of anything here."""
+        return self._buffer[self._used : self._used + size]
+
+    def filled(self, size: int) -> None:
+        """The first `size` bytes of the last `room` are there now."""
+        self._used += size
+        if self._used == BLOCK_SIZE:
+            self._pass_on()
 
     def _pass_on(self) -> None:
         """Gives the block to the threads, and waits for the next free one."""
-        block, data = self._block, self._block.buffer[: self._used]
+        block, data = self._block, self._buffer[: self._used]
         self._tar_size += self._used
         block.busy.append(self._hasher.submit(self._sum, data))
         if self._encoder is None:
@@ -123,6 +136,7 @@ class LayerSink:
         self._blocks.append(block)
         self._block, self._used = self._blocks.popleft(), 0
         self._block.wait()
+        self._buffer = self._block.buffer
 
     def _sum(self, data: memoryview) -> None:
         self._tar_hash.update(data)
@@ -181,6 +195,10 @@ class LayerSource:
             self._pieces = _Pieces(self._input, self._decoder, hashed=digests)
         self._buffer = b""
         self._at = 0
+        #: bytes of the tar up to the end of `_buffer`
+        self._end = 0
+        #: bytes of a tar that are read at once where it lies in a file as it is
+        self._ahead = RAW
         self._drained = False
 
     def __enter__(self) -> LayerSource:
@@ -211,6 +229,11 @@ class LayerSource:
         """Raw bytes read so far, some of them ahead of what was asked for."""
         return self._input.taken
 
+    @property
+    def position(self) -> int:
+        """Bytes of the tar that were read or passed over."""
+        return self._end - len(self._buffer) + self._at
+
     def read(self, size: int) -> bytes:
         """Exactly `size` bytes, fewer only at the end."""
         end = self._at + size
@@ -234,6 +257,9 @@ class LayerSource:
         self._at += here
         size -= here
         if size and self._pieces is None and self._input.seekable:
+            if size >= _FAR:
+                self._ahead = _NEAR
+            self._end += size
             return self._input.skip(size)
         while size:
             piece = self._fill()
@@ -246,7 +272,15 @@ class LayerSource:
 
     def _fill(self) -> bytes:
         """The next piece, b"" at the end. Never more than a piece, however well it was compressed."""
-        return self._pieces.next() if self._pieces is not None else self._input.read()
+        if self._pieces is not None:
+            piece = self._pieces.next()
+        else:
+            ahead = self._ahead
+            if ahead < RAW:
+                self._ahead = 4 * ahead
+            piece = self._input.read(ahead)
+        self._end += len(piece)
+        return piece
 
     def drain(self) -> None:
         """Reads all that is left, so that the digests are complete: they are of all raw bytes, padding behind

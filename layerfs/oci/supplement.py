@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from layerfs.errors import TarError
 from layerfs.fdutil import OwnedFd, at_path, fd_path
 from layerfs.oci.beneath import DIRECTORY, ROOT, behind_link, below_no_directory, open_beneath
-from layerfs.oci.making import STEERING, ObjectMaker, Parent, clean_acls
+from layerfs.oci.making import ObjectMaker, Parent, clean_acls
 from layerfs.oci.marking import Marks
 from layerfs.oci.member import OF_THIS_MACHINE, Kind, Member, display, join, member_of, split
 from layerfs.oci.tally import Tally
 from layerfs.oci.unpack import Leaning
-from layerfs.overlay.names import TRUSTED, XattrNames
+from layerfs.overlay.names import MARKS, TRUSTED, XattrNames
 from layerfs.stack import Entry, LowerDir, Stack, lower_directories, merge_directory
 
 
@@ -55,7 +55,7 @@ def describe(path: bytes, where: bytes, *, follow: bool) -> Member:
     xattrs = {
         attribute: os.getxattr(where, attribute, follow_symlinks=follow)
         for attribute in sorted(present)
-        if not attribute.startswith((*STEERING, *OF_THIS_MACHINE))
+        if not attribute.startswith((*MARKS, *OF_THIS_MACHINE))
     }
     return member_of(path, st, xattrs, target)
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import os
 import re
 import struct
-import zlib
+from array import array
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Protocol
+from zlib import adler32
 
 from layerfs.errors import TarError
 from layerfs.oci.member import MAX_NAME, MAX_PATH, Kind, Member, display, plain_path
@@ -34,6 +35,9 @@ MAX_PADDING = 16 << 20
 #: Largest value of an xattr (XATTR_SIZE_MAX).
 MAX_XATTR = 64 << 10
 _MAX_SECONDS = 1 << 40
+#: Bytes that `Contents` may take, roughly counted: some 100,000 members.
+MAX_KEPT = 32 << 20
+_MEMBER_COST = 250
 
 #: Name, mode, uid, gid, size, mtime, (checksum), type, link, magic, (version, owner's names), device, prefix.
 _HEADER = struct.Struct("100s8s8s8s12s12s8x1s100s6s66x8s8s155s12x")
@@ -52,7 +56,12 @@ _KINDS = {
     b"5": Kind.DIR,
     b"6": Kind.FIFO,
 }
+_POWERS: tuple[int, ...] = tuple(10**exponent for exponent in range(10))
+#: Types of headers that belong to the next member, or to all.
+_EXTENDED = frozenset((b"x", b"X", b"g", b"L", b"K"))
 _LINKS = (Kind.SYMLINK, Kind.HARDLINK)
+#: Pax records that are no xattrs; those that most members have.
+_HARMLESS = frozenset((b"mtime", b"atime", b"ctime", b"path"))
 _DEVICES = (Kind.CHAR, Kind.BLOCK)
 _REFUSED = {
     b"S": "a GNU sparse file: write the archive without --sparse",
@@ -95,16 +104,30 @@ def _decimal(value: bytes, key: bytes) -> int:
     return int(value)
 
 
-def _check_sum(block: bytes) -> None:
-    told = block[148:156]
-    digits = told.strip(b" \0")
-    # Adler-32's low half is one more than the sum of the bytes, modulo 65,521: more than 256 bytes can reach.
-    total = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
-    total += 8 * 0x20 - sum(told)  # its own field counts as blanks
+#: Less than any sum can be, of signed bytes too.
+_NO_SUM = -1 << 40
+
+
+@lru_cache(4096)
+def _told_sum(field: bytes) -> int:
+    """The sum of all bytes of a header that has this in its field for the checksum, which counts as blanks;
+    `_NO_SUM` when it is no number."""
+    digits = field.strip(b" \0")
     try:
-        wrong = int(digits, 8) - total if digits.isdigit() else -1
+        return int(digits, 8) + sum(field) - 8 * 0x20 if digits.isdigit() else _NO_SUM
     except ValueError:  # an 8 or a 9
-        wrong = -1
+        return _NO_SUM
+
+
+def _check_sum(block: bytes) -> None:
+    told = _told_sum(block[148:156])
+    # Adler-32's low half is one more than the sum of the bytes, modulo 65,521: more than 512 bytes of ASCII
+    # can reach, and more than 256 of any.
+    if block.isascii():
+        total = (adler32(block) & 0xFFFF) - 1
+    else:
+        total = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2
+    wrong = told - total
     # Some old writers summed signed bytes.
     if wrong and wrong != -256 * sum(byte >= 0x80 for byte in block[:148] + block[156:]):
         raise TarError("the layer is damaged or no tar archive: a header's checksum is wrong")
@@ -113,6 +136,9 @@ def _check_sum(block: bytes) -> None:
 def parse_time(value: bytes) -> int:
     """Nanoseconds of a pax time; digits beyond nine are cut off. Raises TarError. Inverse of
     `tarwriter.format_time`."""
+    whole, _, fraction = value.partition(b".")
+    if whole.isdigit() and fraction.isdigit() and len(whole) <= 13 and len(fraction) <= 9:  # most of them
+        return int(whole) * 1_000_000_000 + int(fraction) * _POWERS[9 - len(fraction)]
     match = _TIME.fullmatch(value)
     if match is None:
         raise TarError(f"the layer is damaged: pax mtime={display(value[:40])} is no time")
@@ -124,14 +150,17 @@ def parse_records(body: bytes) -> dict[bytes, bytes]:
     """Pax records (`LENGTH KEY=VALUE\\n`). A key given twice: the last one counts (POSIX). Raises
     TarError."""
     records: dict[bytes, bytes] = {}
-    at = 0
-    while at < len(body):
+    at, size = 0, len(body)
+    while at < size:
         start = _RECORD.match(body, at)
-        end = at + int(start[1]) if start is not None else 0
-        if start is None or not start.end() < end <= len(body) or body[end - 1] != 0x0A:
-            raise TarError("the layer is damaged: a pax header has a malformed record")
-        records[start[2]] = body[start.end() : end - 1]
-        at = end
+        if start is not None:
+            length, key = start.groups()
+            begin, end = start.end(), at + int(length)
+            if begin < end <= size and body[end - 1] == 0x0A:
+                records[key] = body[begin : end - 1]
+                at = end
+                continue
+        raise TarError("the layer is damaged: a pax header has a malformed record")
     return records
 
 
@@ -142,21 +171,69 @@ class Source(Protocol):
 
     def skip(self, size: int) -> bool: ...
 
+    @property
+    def position(self) -> int: ...
+
+
+class Contents:
+    """What an archive holds, for who reads it a second time: its members and where their data begin.
+    `complete`: all of it; else it was too much to keep, and nothing is there."""
+
+    def __init__(self) -> None:
+        self.complete = True
+        self.notes: list[str] = []
+        self._members: list[Member] = []
+        self._positions = array("q")
+        self._held = 0
+
+    def add(self, member: Member, position: int) -> None:
+        """`position`: of the source, at the member's data."""
+        self._held += _MEMBER_COST + len(member.name) + len(member.target)
+        if member.xattrs:
+            self._held += sum(_MEMBER_COST + len(value) for value in member.xattrs.values())
+        if self._held <= MAX_KEPT:
+            self._members.append(member)
+            self._positions.append(position)
+        elif self.complete:
+            self.complete = False
+            self._members.clear()
+
+    def __iter__(self) -> Iterator[tuple[Member, int]]:
+        return zip(self._members, self._positions, strict=True)
+
 
 class TarReader:
     """The members of one archive, in order. The data of a member is there until the next one is asked for.
 
     `notes` gathers what was passed over, one line each."""
 
-    def __init__(self, source: Source, notes: list[str] | None = None) -> None:
+    def __init__(
+        self, source: Source, notes: list[str] | None = None, contents: Contents | None = None
+    ) -> None:
+        """`contents`: what the archive holds, if that is known; then headers are not read again."""
         self._source = source
+        self._contents = contents if contents is not None and contents.complete else None
         self.notes: list[str] = notes if notes is not None else []
         self._tally = Tally()
+        if self._contents is not None:
+            self.notes += self._contents.notes
         self._left = 0
         self._padding = 0
         self._name = b""
 
     def __iter__(self) -> Iterator[Member]:
+        return self._read() if self._contents is None else self._read_again(self._contents)
+
+    def _read_again(self, contents: Contents) -> Iterator[Member]:
+        for member, position in contents:
+            self._left = member.size
+            if member.size:
+                self._name = member.name
+                if not self._source.skip(position - self._source.position):
+                    raise self._truncated()
+            yield member
+
+    def _read(self) -> Iterator[Member]:
         while True:
             self._pass_over()
             member = self._next()
@@ -212,7 +289,7 @@ class TarReader:
                 return None
             kind = block[156:157]
             _check_sum(block)
-            if kind not in b"xgLKX":
+            if kind not in _EXTENDED:
                 return self._member(block, records or {}, long_name, long_link)
             size = _number(block[124:136], "size")
             used += BLOCK + size
@@ -267,8 +344,8 @@ class TarReader:
             path,
             kind,
             _same_number(mode, "mode") & 0o7777,
-            self._owner(path, records, b"uid", uid),
-            self._owner(path, records, b"gid", gid),
+            self._owner(path, records, b"uid", "uid", uid),
+            self._owner(path, records, b"gid", "gid", gid),
             self._time(path, records, mtime),
             # Some writers repeat the size of what a hard link joins; no data follow.
             told if kind is Kind.FILE else 0,
@@ -293,12 +370,10 @@ class TarReader:
         return size
 
     @staticmethod
-    def _owner(path: bytes, records: dict[bytes, bytes], key: bytes, raw: bytes) -> int:
-        owner = _decimal(records[key], key) if key in records else _same_number(raw, key.decode())
+    def _owner(path: bytes, records: dict[bytes, bytes], key: bytes, what: str, raw: bytes) -> int:
+        owner = _decimal(records[key], key) if key in records else _same_number(raw, what)
         if not 0 <= owner <= MAX_ID:
-            raise TarError(
-                f"member {display(path)} has an owner that does not exist ({key.decode()} {owner})"
-            )
+            raise TarError(f"member {display(path)} has an owner that does not exist ({what} {owner})")
         return owner
 
     @staticmethod
@@ -332,6 +407,8 @@ class TarReader:
     def _xattrs(path: bytes, records: dict[bytes, bytes]) -> dict[str, bytes]:
         found = {}
         for key, value in records.items():
+            if key in _HARMLESS:
+                continue
             if key.startswith(XATTR_KEY):
                 name = xattr_name(key[len(XATTR_KEY) :])
                 if not name or b"\0" in name or len(name) > MAX_NAME or len(value) > MAX_XATTR:

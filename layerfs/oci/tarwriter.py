@@ -16,23 +16,23 @@ Owners have no names, only numbers; sparse files are written plainly.
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+import struct
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from typing import Protocol
+from zlib import adler32
 
-from layerfs.errors import LayerError
-from layerfs.oci.member import Kind, Member, display, split
+from layerfs.oci.member import Kind, Member, split
 
 BLOCK = 512
 XATTR_KEY = b"SCHILY.xattr."
 _MAX_8 = 0o7777777
 _MAX_12 = 0o77777777777
-#: Larger reads fall out of the processor's cache before their bytes are used.
-_READ = 256 << 10
 #: Parts of a header that stay empty: the owner's names; no device; the prefix of the name, and padding.
 _NO_NAMES = bytes(32 + 32)
 _NO_DEVICE = b"0000000\x000000000\0"
 _NO_PREFIX = bytes(155 + 12)
+_ZEROS = bytes(BLOCK)
 _LINKS = (Kind.SYMLINK, Kind.HARDLINK)
 _DEVICES = (Kind.CHAR, Kind.BLOCK)
 #: For translate(): a byte that is not ASCII becomes `_`.
@@ -72,29 +72,39 @@ def _record(key: bytes, value: bytes) -> bytes:
     return b"%d %b=%b\n" % (length, key, value)
 
 
+#: Some fields in a row and the sum of their bytes.
+_Field = tuple[bytes, int]
+#: Name, owner, size and time, checksum, all else; filled up with NULs.
+_BLOCK = struct.Struct("100s24s24s8s356s").pack
+
+
 @lru_cache(1024)
-def _owner(mode: int, uid: int, gid: int) -> bytes:
+def _owner(mode: int, uid: int, gid: int) -> _Field:
     """Three fields of a header that are much the same for all members."""
-    return b"%07o\0%07o\0%07o\0" % (mode, uid, gid)
+    return _summed(b"%07o\0%07o\0%07o\0" % (mode, uid, gid))
 
 
 @lru_cache(64)
-def _tail(kind: bytes, link: bytes, devices: bytes) -> bytes:
+def _tail(kind: bytes, link: bytes, devices: bytes) -> _Field:
     """All behind the checksum."""
-    return b"%b%bustar\00000%b%b%b" % (kind, link.ljust(100, b"\0"), _NO_NAMES, devices, _NO_PREFIX)
+    return _summed(b"%b%bustar\00000%b%b%b" % (kind, link.ljust(100, b"\0"), _NO_NAMES, devices, _NO_PREFIX))
+
+
+def _summed(field: bytes) -> _Field:
+    return field, sum(field)
+
+
+def _ustar(name: bytes, owner: _Field, size: int, seconds: int, tail: _Field) -> bytes:
+    """One header block; `name` is ASCII and fits, and so do the numbers."""
+    numbers = b"%011o\0%011o\0" % (size, seconds)
+    # The checksum is the sum of all bytes, its own field taken as blanks.
+    checksum = (adler32(numbers, adler32(name)) & 0xFFFF) + owner[1] + tail[1] + (8 * 0x20 - 1)
+    return _BLOCK(name, owner[0], numbers, b"%06o\0 " % checksum, tail[0])
 
 
 _PAX_OWNER = _owner(0o644, 0, 0)
 _PAX_TAIL = _tail(b"x", b"", _NO_DEVICE)
-
-
-def _ustar(name: bytes, owner: bytes, size: int, seconds: int, tail: bytes) -> bytes:
-    """One header block; `name` is ASCII and fits, and so do the numbers."""
-    front = b"%b%b%011o\0%011o\0" % (name.ljust(100, b"\0"), owner, size, seconds)
-    # The checksum is the sum of all bytes, its own field taken as blanks. Adler-32's low half is that sum
-    # plus one, modulo 65,521, which 512 bytes of ASCII do not reach; and it takes one call.
-    checksum = (zlib.adler32(tail, zlib.adler32(front)) & 0xFFFF) - 1 + 8 * 0x20
-    return b"%b%06o\0 %b" % (front, checksum, tail)
+_PLAIN_TAIL = _tail(Kind.FILE.value, b"", _NO_DEVICE)
 
 
 def _short(name: bytes, records: dict[bytes, bytes], key: bytes) -> bytes:
@@ -114,6 +124,40 @@ def _number(value: int, limit: int, records: dict[bytes, bytes], key: bytes) -> 
 
 def encode_header(member: Member) -> bytes:
     """All header blocks of `member`: a pure function of it."""
+    if member.kind is Kind.FILE and not member.xattrs:
+        header = _encode_plain(member)
+        if header is not None:
+            return header
+    return encode_any(member)
+
+
+def _encode_plain(member: Member) -> bytes | None:
+    """What `encode_any` makes of a file of which nothing but the fraction of its time needs a pax record;
+    None for others. Most members are such, and this takes a third of the time (1.7 against 4.9 µs).
+
+    Law: test_tar.py::test_the_short_way_gives_the_same."""
+    name, uid, gid, size = member.name, member.uid, member.gid, member.size
+    seconds, rest = divmod(member.mtime_ns, 1_000_000_000)
+    if (
+        len(name) > 100
+        or not name.isascii()
+        or not 0 <= uid <= _MAX_8
+        or not 0 <= gid <= _MAX_8
+        or not 0 <= size <= _MAX_12
+        or not 0 <= seconds <= _MAX_12
+    ):
+        return None
+    header = _ustar(name, _owner(member.mode & 0o7777, uid, gid), size, seconds, _PLAIN_TAIL)
+    if not rest:
+        return header
+    time = (b"%d.%09d" % (seconds, rest)).rstrip(b"0")
+    length = len(time) + 10  # with its own two digits
+    pax = _ustar(b"PaxHeaders.0/" + name[name.rfind(b"/") + 1 :][:80], _PAX_OWNER, length, seconds, _PAX_TAIL)
+    return b"%b%d mtime=%b\n%b%b" % (pax, length, time, _ZEROS[length:], header)
+
+
+def encode_any(member: Member) -> bytes:
+    """`encode_header` for every member."""
     records: dict[bytes, bytes] = {}
     kind, name = member.kind, member.name
     if kind is Kind.DIR:
@@ -141,21 +185,24 @@ def encode_header(member: Member) -> bytes:
     return b"%b%b%b%b" % (pax, body, bytes(-len(body) % BLOCK), header)
 
 
-def read_chunks(fd: int, size: int, what: bytes) -> Iterator[bytes]:
-    """The first `size` bytes of an open file. Raises LayerError when it has become shorter (a live mount),
-    OSError as read does."""
-    offset = 0
-    while offset < size:
-        try:
-            chunk = os.pread(fd, min(_READ, size - offset), offset)
-        except OSError as error:
-            raise LayerError(f"{display(what)}: {error.strerror}", error.errno) from error
-        if not chunk:
-            raise LayerError(
-                f"{display(what)}: became shorter while it was read; try again when nobody writes to it"
-            )
-        offset += len(chunk)
-        yield chunk
+class Room(Protocol):
+    """Where a tar goes: `streams.LayerSink`."""
+
+    def write(self, data: bytes) -> object:
+        """Takes all of it."""
+
+    def room(self, size: int) -> memoryview:
+        """Where the next bytes of the tar belong: at least one, at most `size`."""
+
+    def filled(self, size: int) -> object:
+        """The first `size` bytes of the last `room` are there now."""
+
+
+class FileData(Protocol):
+    """The bytes of a file."""
+
+    def read_into(self, target: memoryview, offset: int) -> int:
+        """Puts bytes from `offset` on into `target`: their number, which is 0 only at the end of the file."""
 
 
 class TarWriter:
@@ -179,7 +226,21 @@ class TarWriter:
             written += len(chunk)
             self._write(chunk)
         assert written == member.size, (member.name, written, member.size)
-        self._padding = bytes(-written % BLOCK)
+        self._padding = _ZEROS[: -written % BLOCK]
+
+    def add_file(self, member: Member, data: FileData, sink: Room) -> None:
+        """Appends a file whose bytes go straight to where `sink`, which takes this tar, wants them. Raises
+        EOFError when there are less than `member.size`."""
+        self._write(self._padding + encode_header(member))
+        size = member.size
+        offset = 0
+        while offset < size:
+            read = data.read_into(sink.room(size - offset), offset)
+            if not read:
+                raise EOFError(member.name)
+            sink.filled(read)
+            offset += read
+        self._padding = _ZEROS[: -size % BLOCK]
 
     def finish(self) -> None:
         self._write(self._padding + bytes(2 * BLOCK))

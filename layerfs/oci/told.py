@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from layerfs.oci.member import Member
 from layerfs.oci.progress import Progress, Silent
 from layerfs.oci.streams import LayerSource
-from layerfs.oci.tarreader import TarReader
+from layerfs.oci.tarreader import Contents, TarReader
 
 
 class ToldReader(TarReader):
     """Tells `progress` how many of the layer's bytes were read, as they are stored: compressed ones."""
 
-    def __init__(self, source: LayerSource, progress: Progress) -> None:
-        super().__init__(source)
+    def __init__(self, source: LayerSource, progress: Progress, contents: Contents | None) -> None:
+        super().__init__(source, contents=contents)
         self._stored = source
         self._progress = progress
         self._told = source.raw_size
@@ -37,8 +37,8 @@ class ToldReader(TarReader):
             self._told = now
 
 
-def reader(source: LayerSource, progress: Progress | None) -> TarReader:
-    """One that costs nothing where nobody looks."""
+def reader(source: LayerSource, progress: Progress | None, contents: Contents | None = None) -> TarReader:
+    """One that costs nothing where nobody looks. `contents` as for `TarReader`."""
     if progress is None or type(progress) is Silent:
-        return TarReader(source)
-    return ToldReader(source, progress)
+        return TarReader(source, contents=contents)
+    return ToldReader(source, progress, contents)

@@ -5,7 +5,8 @@ Source: Documentation/filesystems/overlayfs.rst, "Nesting overlayfs mounts"; fs/
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 TRUSTED: Final = "trusted.overlay."
 USER: Final = "user.overlay."
@@ -21,6 +22,10 @@ _OURS: Final = (USER_UPPER, USER + "overlay.layerfs.upper")
 
 #: Forms in which others mark a directory opaque; honoured in lower layers beside our own.
 FOREIGN_OPAQUE: Final = ("trusted.overlay.opaque", "user.overlay.opaque", "user.fuseoverlayfs.opaque")
+
+
+#: Beginnings of all names that may mean something in a merge.
+MARKS: Final = (TRUSTED, USER, *FOREIGN)
 
 
 class XattrNames:
@@ -63,6 +68,30 @@ class XattrNames:
 
     def __repr__(self) -> str:
         return f"XattrNames({self.prefix!r})"
+
+
+class LateNames(XattrNames):
+    """Names whose prefix is found out when one of them is asked for. Who asks only about an object that
+    carries marks (`has_marks`) has it never found out where there are none.
+
+    Test: test_commit_work.py::test_calls_for_each_file."""
+
+    def __init__(self, find: Callable[[], str]) -> None:
+        self._find = find
+
+    def __getattr__(self, name: str) -> Any:  # called for what is not there yet
+        if name.startswith("_"):
+            raise AttributeError(name)
+        super().__init__(self._find())
+        return getattr(self, name)
+
+    def __repr__(self) -> str:
+        return super().__repr__() if "prefix" in self.__dict__ else "LateNames()"
+
+
+def has_marks(present: Iterable[str]) -> bool:
+    """Whether one of these stored names may mean something in a merge."""
+    return any(name.startswith(MARKS) for name in present)
 
 
 def shown(stored: str) -> str | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from layerfs.fdutil import OwnedFd, lgetxattr
 from layerfs.overlay import whiteout
-from layerfs.overlay.names import XattrNames
+from layerfs.overlay.names import XattrNames, has_marks
 from layerfs.stack.layer import LowerDir
 
 
@@ -53,6 +53,8 @@ class Merged:
     devices: set[bytes] = field(default_factory=set)
     #: … or a `.wh.` file beside it
     marks: set[bytes] = field(default_factory=set)
+    #: names of what its directory's listing called neither a directory nor a regular file
+    special: set[bytes] = field(default_factory=set)
 
     def hides(self, name: bytes) -> bool:
         """Whether the upper holds a whiteout of `name`: then lowers have it."""
@@ -76,7 +78,7 @@ def merge_directory(
     last = len(sources) - 1
     for position, (home, fd) in enumerate(sources):
         hidden = merged if home is None else Merged()
-        opaque = _merge_layer(merged.names, closed, hidden, home, fd, names, looks_for_x=position < last)
+        opaque = _merge_layer(merged, closed, hidden, home, fd, names, looks_for_x=position < last)
         if opaque:
             break
         closed |= hidden.devices
@@ -85,7 +87,7 @@ def merge_directory(
 
 
 def _merge_layer(
-    into: dict[bytes, Entry],
+    merged: Merged,
     closed: set[bytes],
     hidden: Merged,
     home: LowerDir | None,
@@ -97,6 +99,7 @@ def _merge_layer(
     mark.
     """
     opaque = False
+    into = merged.names
     with OwnedDir(directory) as listing:
         x_form = looks_for_x and _has_xwhiteouts(listing.fd, names)
         with os.scandir(listing.fd) as entries:
@@ -109,8 +112,10 @@ def _merge_layer(
                         hidden.marks.add(target)
                     continue
                 is_dir = item.is_dir(follow_symlinks=False)
+                is_file = False
                 if not is_dir:
-                    if item.is_file(follow_symlinks=False):
+                    is_file = item.is_file(follow_symlinks=False)
+                    if is_file:
                         if x_form and _is_xattr_whiteout(listing.fd, name, item, names):
                             hidden.devices.add(name)
                             continue
@@ -124,6 +129,8 @@ def _merge_layer(
                 entry = into.get(name)
                 if entry is None:
                     into[name] = Entry(home, item.inode(), is_dir)
+                    if not is_dir and not is_file:
+                        merged.special.add(name)
                     continue
                 entry.lower = True
                 if entry.is_dir:
@@ -137,7 +144,12 @@ def _merge_layer(
 
 def _has_xwhiteouts(fd: int, names: XattrNames) -> bool:
     try:
-        return os.getxattr(fd, names.opaque) == whiteout.XWHITEOUTS
+        present = os.listxattr(fd)
+        return (
+            has_marks(present)
+            and names.opaque in present
+            and os.getxattr(fd, names.opaque) == whiteout.XWHITEOUTS
+        )
     except OSError:
         return False
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from layerfs.fdutil import OwnedFd, at_path, lgetxattr
 from layerfs.overlay import redirect, whiteout
-from layerfs.overlay.names import FOREIGN_OPAQUE, XattrNames
+from layerfs.overlay.names import FOREIGN_OPAQUE, XattrNames, has_marks
 from layerfs.stack.layer import LowerDir, Stack
 
 
@@ -43,7 +43,7 @@ def read_marks(parent: int, name: bytes, names: XattrNames, *, lower: bool) -> M
         if error.errno in (errno.EOPNOTSUPP, errno.ENODATA):
             return _NO_MARKS
         raise
-    if not present:
+    if not has_marks(present):
         return _NO_MARKS
     opaque_names: tuple[str, ...] = FOREIGN_OPAQUE if lower else (names.opaque,)
     opaque = any(

@@ -11,11 +11,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from layerfs.errors import LayerError
-from layerfs.oci import making
+from layerfs.errors import LayerError, TarError
+from layerfs.oci import apply as apply_module
+from layerfs.oci import making, tarreader
 from layerfs.oci.apply import Applied, apply_layer
 from layerfs.oci.member import Kind, Member
 from tests.oci import members as m
@@ -402,6 +404,56 @@ def test_progress_is_told_to_the_last_byte(place: Path, compression: str) -> Non
     apply_layer(fd, str(place / "t"), seen)
     os.close(fd)
     assert seen.done == seen.size == 2 * os.stat(layer).st_size
+
+
+_MIXED = [
+    (Member(b"", Kind.DIR, 0o750, mtime_ns=_T), b""),
+    (Member(b"d", Kind.DIR, 0o700, mtime_ns=_T), b""),
+    m.file(b"d/small", b"s" * 700),
+    (Member(b"d/empty", Kind.FILE), b""),
+    m.file(b"d/large", bytes(range(256)) * 2000),
+    (Member(b"d/link", Kind.HARDLINK, target=b"d/small"), b""),
+    m.file(b".wh.gone", b"what no whiteout has"),
+    m.file(b"d/small", b"once more"),
+    (Member(b"soft", Kind.SYMLINK, target=b"d/large"), b""),
+    m.file(b"last", b"l" * 90_000),
+]
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "zstd"])
+@pytest.mark.parametrize("kept", [0, 1500, tarreader.MAX_KEPT])
+def test_members_are_kept_or_read_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, compression: str, kept: int
+) -> None:
+    """However much may be kept of a layer between its check and its second reading, the tree is the same."""
+    monkeypatch.setattr(tarreader, "MAX_KEPT", kept)
+    for way in ("t", "piped"):
+        (place / way).mkdir()
+        (place / way / "gone").touch()
+    layer = m.layer_file(place / "l.tar", _MIXED, compression)
+    with open(layer, "rb") as file:
+        applied = apply_layer(file.fileno(), str(place / "t"))
+    with subprocess.Popen(["cat", layer], stdout=subprocess.PIPE) as cat:
+        assert cat.stdout is not None
+        assert apply_layer(cat.stdout.fileno(), str(place / "piped")) == applied
+    assert_equal(snapshot(place / "t"), snapshot(place / "piped"))
+    assert applied.removed == 1 and not (place / "t/gone").exists()
+
+
+@pytest.mark.parametrize("left", [0, 1000, 3000, 600_000])
+def test_a_layer_that_is_cut_after_its_check(place: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    (place / "t").mkdir()
+    layer = m.layer_file(place / "l.tar", _MIXED)
+    check = apply_module.check_layer
+
+    def cutting(*arguments: Any) -> tarreader.Contents:
+        contents = check(*arguments)
+        os.truncate(layer, left)
+        return contents
+
+    monkeypatch.setattr(apply_module, "check_layer", cutting)
+    with open(layer, "rb") as file, pytest.raises(TarError, match="holds a part of the layer now"):
+        apply_layer(file.fileno(), str(place / "t"))
 
 
 def test_from_a_pipe(place: Path) -> None:

@@ -92,3 +92,33 @@ def test_a_deleted_directory_is_not_walked(tmp_path: Path) -> None:
     with tarfile.open(layer) as tar:
         assert ".wh.gone" in tar.getnames()
     assert not [line for _, line in made if re.search(r'"d\d+"|file-\d\d', line)]
+
+
+def test_calls_for_each_file(tmp_path: Path) -> None:
+    """open, fstat, flistxattr, read, close for a new file of an upper that nobody writes to, and no look at
+    it before (an upper without marks is not searched for them)."""
+    counts = []
+    for number, files in enumerate((50, 250)):
+        place = tmp_path / str(number)
+        for name in ("upper/d", "lower"):
+            (place / name).mkdir(parents=True)
+        for file in range(files):
+            (place / f"upper/d/file-{file:03}").write_bytes(b"x" * 1000)
+        made = traced_commit(place / "upper", place / "lower", place / "layer.tar", tmp_path / "log")
+        counts.append(collections.Counter(call for call, _ in made))
+    more = {call: counts[1][call] - counts[0][call] for call in counts[1] | counts[0]}
+    assert sum(more.values()) <= 200 * 5 + 10, {call: n for call, n in more.items() if n}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root looks for marks")
+def test_marks_are_looked_for_where_there_is_one(tmp_path: Path) -> None:
+    """A mark deep in the upper still tells under which prefix all of them are."""
+    (tmp_path / "lower/a/b/c").mkdir(parents=True)
+    (tmp_path / "lower/a/b/c/gone").touch()
+    (tmp_path / "upper/a/b/c").mkdir(parents=True)
+    (tmp_path / "upper/a/b/c/new").touch()
+    os.setxattr(tmp_path / "upper/a/b/c", "user.overlay.opaque", b"y")
+    layer = tmp_path / "layer.tar"
+    traced_commit(tmp_path / "upper", tmp_path / "lower", layer, tmp_path / "log")
+    with tarfile.open(layer) as tar:
+        assert "a/b/c/.wh.gone" in tar.getnames()

@@ -22,7 +22,7 @@ from layerfs.errors import TarError
 from layerfs.oci.member import Kind, Member, classify, display, plain_path
 from layerfs.oci.streams import COMPRESSIONS
 from layerfs.oci.tarreader import parse_records, parse_time
-from layerfs.oci.tarwriter import encode_header, format_time, xattr_keyword, xattr_name
+from layerfs.oci.tarwriter import encode_any, encode_header, format_time, xattr_keyword, xattr_name
 from tests.oci import members as m
 
 
@@ -33,6 +33,23 @@ def test_read_gives_what_was_written(entries: list[tuple[Member, bytes]], compre
     expected = [(member, data) for member, data in entries]
     assert m.read_bytes(raw) == expected
     assert m.tar_bytes(entries, compression) == raw
+
+
+@given(
+    st.builds(
+        Member,
+        st.one_of(m.paths, st.text("ab/_.", max_size=119).map(lambda text: (text + "c").encode())),
+        st.just(Kind.FILE),
+        st.integers(0, 0o7777),
+        m.ids,
+        m.ids,
+        m.times,
+        st.one_of(st.integers(0, 10**6), st.sampled_from([8**11 - 1, 8**11])),
+    )
+)
+def test_the_short_way_gives_the_same(member: Member) -> None:
+    """`encode_header` of files without xattrs."""
+    assert encode_header(member) == encode_any(member)
 
 
 @given(st.binary(min_size=1, max_size=40).filter(lambda raw: b"\0" not in raw))
