@@ -113,10 +113,13 @@ class Attributes:
         be a write to a file that has capabilities: then the WRITE that follows does what there is to be done.
         Who may is left to us: fs/fuse/dir.c fuse_setattr drops the mode, on which others check it. Raises
         OSError(EPERM)."""
-        if not caller.changes_owner():
+        st = self.tree.stat_real(node)
+        changes = caller.changes_owner()
+        if changes is None:  # the owner may, whichever it is
+            changes = caller.owns(self.tree.shown_uid(st))
+        if not changes:
             return False
         if isinstance(node, File):
-            st = self.tree.stat_real(node)
             takes_away = st.st_mode & stat.S_ISUID or _is_setgid_program(st.st_mode)
             if (takes_away or self._loses_setgid(st, caller)) and not caller.owns(self.tree.shown_uid(st)):
                 fail(errno.EPERM)

@@ -112,12 +112,13 @@ class Caller:
         except (OSError, IndexError, ValueError):
             return False
 
-    def changes_owner(self) -> bool:
-        """Whether the thread is in chown(2) or its kin. False where it cannot be known."""
+    def changes_owner(self) -> bool | None:
+        """Whether the thread is in chown(2) or its kin; None where it cannot be known (an ordinary user's
+        daemon is not told of every thread of his: ptrace(2), Yama)."""
         try:
-            return self.pid != 0 and self._call()[0] & ~_X32 in _CHOWNS
+            return self._call()[0] & ~_X32 in _CHOWNS if self.pid else None
         except (OSError, ValueError):
-            return False
+            return None
 
     def _is_capable(self, capability: int) -> bool:
         """In its own user namespace. Raises OSError."""

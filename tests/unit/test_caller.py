@@ -217,3 +217,38 @@ def test_pids_of_another_namespace(root: None) -> None:
             text=True,
         )
         assert (done.stdout.strip(), done.stderr) == (pid, ""), options
+
+
+def test_whose_files_are_his(root: None) -> None:
+    """Of whom it is not told, /proc says what he may: his own, all with CAP_FOWNER, in a user namespace those
+    of its users."""
+    with held() as administrator, held("os.setresuid(7, 7, 7)") as user:
+        assert Caller(None, None, administrator).owns(5)
+        assert Caller(None, None, user).owns(7) and not Caller(None, None, user).owns(5)
+        assert not Caller(None, None, 0).owns(0)
+    argv = ["unshare", "--user", "--map-root-user", sys.executable, "-c", "print(flush=True); input()"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as inside:
+        assert inside.stdin is not None and inside.stdout is not None and inside.stdout.readline() == "\n"
+        there = Caller(None, None, inside.pid)
+        assert there.owns(0) and not there.owns(5)
+        inside.stdin.write("\n")
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of system calls are x86_64's")
+@pytest.mark.parametrize(
+    ("number", "does"), [(92, True), (260, True), (1073741916, True), (1, False), (90, False), (-1, False)]
+)
+def test_who_changes_owners(number: int, does: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(`tests/posix` has the real ones.)"""
+    monkeypatch.setattr(Caller, "_call", lambda self: (number, b"0x0"))
+    assert Caller(0, 0, os.getpid()).changes_owner() is does
+
+
+def test_whether_one_changes_owners_that_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Caller(0, 0, 0).changes_owner() is None
+
+    def hidden(self: Caller) -> tuple[int, bytes]:
+        raise PermissionError
+
+    monkeypatch.setattr(Caller, "_call", hidden)
+    assert Caller(0, 0, os.getpid()).changes_owner() is None
