@@ -1,5 +1,10 @@
 """Random programs of fallocate, lseek, copy_file_range, writes and truncates: the same on files of a mount as
-on plain files."""
+on plain files.
+
+What was allocated and not written is a hole to ext4, unless a page of it is dirty (fs/iomap/seek.c), and a
+copy is on the disk where a plain file is not yet: so files are synced at first, and before somebody looks for
+holes.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +61,19 @@ def said(error: OSError) -> str:
 
 def by_plain_calls(stack: Stack, program: Program) -> list[object]:
     fds = {name: os.open(stack.mnt / name, os.O_RDWR) for name in FILES}
+    for fd in fds.values():
+        os.fsync(fd)
+
+    def seek(f: str, at: int, whence: int) -> int:
+        os.fsync(fds[f])
+        return os.lseek(fds[f], at, whence)
+
     calls: dict[str, Callable[..., object]] = {
         "allocate": lambda f, *rest: fallocate(fds[f], *rest),
         "copy": lambda f, at, g, to, n: os.copy_file_range(fds[f], fds[g], n, at, to),
         "write": lambda f, at, data: os.pwrite(fds[f], data, at),
         "cut": lambda f, size: os.ftruncate(fds[f], size),
-        "seek": lambda f, at, whence: os.lseek(fds[f], at, whence),
+        "seek": seek,
     }
     found: list[object] = []
     for name, *rest in program:
@@ -70,6 +82,7 @@ def by_plain_calls(stack: Stack, program: Program) -> list[object]:
         except OSError as error:
             found.append(said(error))
     for fd in fds.values():
+        os.fsync(fd)
         found += [os.pread(fd, 1 << 20, 0), holes(functools.partial(os.lseek, fd), os.fstat(fd).st_size)]
         os.close(fd)
     return found
@@ -98,6 +111,8 @@ async def by_requests(stack: Stack, program: Program) -> list[object]:
 async def carried_out(k: Kernel, program: Program) -> list[object]:
     fhs = {name: await k.open(name, os.O_RDWR) for name in FILES}
     nodes = {name: await k.find(name) for name in FILES}
+    for fh in fhs.values():
+        await k.vfs.fsync(fh, False)
 
     async def copy(f: str, at: int, g: str, to: int, n: int) -> int:
         # What the kernel does before it asks (fs/read_write.c generic_copy_file_checks).
@@ -110,12 +125,16 @@ async def carried_out(k: Kernel, program: Program) -> list[object]:
     async def cut(f: str, size: int) -> None:
         await k.vfs.setattr(nodes[f], Change(size=size), k.caller)
 
+    async def seek(f: str, at: int, whence: int) -> int:
+        await k.vfs.fsync(fhs[f], False)
+        return await k.lseek(fhs[f], at, whence)
+
     calls: dict[str, Callable[..., Awaitable[object]]] = {
         "allocate": lambda f, *rest: k.fallocate(fhs[f], *rest),
         "copy": copy,
         "write": lambda f, at, data: k.vfs.write(fhs[f], at, data),
         "cut": cut,
-        "seek": lambda f, at, whence: k.lseek(fhs[f], at, whence),
+        "seek": seek,
     }
     found: list[object] = []
     for name, *rest in program:
@@ -125,6 +144,7 @@ async def carried_out(k: Kernel, program: Program) -> list[object]:
             found.append(said(error))
     for name in FILES:
         size = (await k.vfs.getattr(nodes[name])).st.st_size
+        await k.vfs.fsync(fhs[name], False)
         found.append(bytes(await k.vfs.files.read(fhs[name], 0, 1 << 20)))
         found.append(holes(functools.partial(k.vfs.files.seek, fhs[name]), size))
     return found
