@@ -117,6 +117,13 @@ def mount(
         raise UsageError("a work directory needs an upper directory")
     if options.passthrough and options.gate is False:
         raise UsageError("data=passthrough: it takes the native gate, which is switched off")
+    # libfuse holds it by looking whose each request is: what is answered before, or opened without asking,
+    # would be everybody's.
+    without_gate = "allow_root" in options.fuse
+    if without_gate and options.gate:
+        raise UsageError(
+            "allow_root goes without the native gate: leave out gate=on and data=, or allow_root"
+        )
     lowers = [absolute(lower) for lower in options.lowers]
     if options.owners:
         from layerfs.runtime.idmapped import without_idmaps
@@ -135,7 +142,7 @@ def mount(
         xattr_permissions=options.xattr_permissions,
         xattrs=options.xattrs,
         acl=options.acl,
-        gate=options.gate,
+        gate=False if without_gate else options.gate,
         passthrough=options.passthrough,
         max_names=options.max_names or StackConfig.max_names,
     )

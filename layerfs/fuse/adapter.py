@@ -142,9 +142,11 @@ class Operations(pyfuse3.Operations):
         self, inode_list: Sequence[tuple[int, int]]
     ) -> None:
         started = self.counters.begin()
-        for inode, count in inode_list:
-            self.vfs.forget(inode, count)
-        self.counters.answered("forget", started)
+        try:
+            for inode, count in inode_list:
+                self.vfs.forget(inode, count)
+        finally:
+            self.counters.answered("forget", started)
 
     @_errors
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:

@@ -2,14 +2,14 @@
 pyfuse3 cannot ask the kernel to forget.
 
 What the kernel forgets it says by FORGET requests, a moment later; names that lean on these can be dropped
-then. Asking is done in a thread: the kernel may have to write pages back first, which takes answers.
+then, as soon as no request is under way. Asking is done in a thread: the kernel may have to write pages back
+first, which takes answers.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import math
 
 import trio
 
@@ -19,11 +19,11 @@ from layerfs.vfs.unload import Unload
 
 log = logging.getLogger("layerfs.fuse")
 
-#: Seconds that the kernel may take to say what it has forgotten, and between two looks.
-_PATIENCE = 0.2
+#: Seconds between two looks, and how often it is looked for what the kernel has forgotten.
 _LOOK = 0.01
-#: Seconds until it is tried again where nothing could be dropped, as all is in use: each time twice as long.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 60.0
+_LOOKS = 20
+#: Seconds until it is tried again where what is left is in use.
+_PAUSE = 60.0
 
 
 class Bounded:
@@ -33,6 +33,8 @@ class Bounded:
         self._counters = counters
         self._wanted = trio.Event()
         self._asks = True
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
         unload.tree.grown = self._look
 
     def _look(self) -> None:
@@ -40,32 +42,52 @@ class Bounded:
             self._wanted.set()
 
     async def run(self) -> None:
+        try:
+            with self._scope:
+                await self._watch()
+        finally:
+            self._ended.set()
+
+    async def end(self) -> None:
+        """To be awaited while requests are still answered: a thread that waits in the kernel needs that."""
+        self._scope.cancel()
+        await self._ended.wait()
+
+    async def _watch(self) -> None:
+        pause = float("inf")
         while True:
-            await self._wanted.wait()
+            with trio.move_on_after(pause):
+                await self._wanted.wait()
             self._wanted = trio.Event()
-            pause = _FIRST_PAUSE
-            while self._unload.too_many:
-                if await self._drop_some():
-                    pause = _FIRST_PAUSE
-                else:
-                    await trio.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE)
+            while await self._drop_some():
+                pass
+            pause = _PAUSE if self._unload.bear() else float("inf")
 
     async def _drop_some(self) -> bool:
-        """Whether names were dropped."""
-        if self._asks and (ids := self._unload.to_forget()):
-            try:
-                await trio.to_thread.run_sync(self._gate.prune, ids)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    return False  # the mount is going, or the kernel has no memory for it now
+        """Whether names were dropped, and there are still too many."""
+        asked = await self._ask()
+        dropped = 0
+        for _ in range(_LOOKS if asked else 1):
+            await self._counters.at_rest()
+            # No await since: nothing has begun.
+            dropped += self._unload.drop()
+            if not self._unload.too_many:
+                return False
+            if asked:
+                await trio.sleep(_LOOK)
+        return dropped > 0
+
+    async def _ask(self) -> bool:
+        """Whether the kernel was asked to forget something."""
+        ids = self._unload.to_forget() if self._asks else []
+        if not ids:
+            return False
+        try:
+            await trio.to_thread.run_sync(self._gate.prune, ids)
+        except OSError as error:
+            # Others: the mount is going, or the kernel has no memory for it now.
+            if error.errno == errno.EINVAL:
                 self._asks = False
                 log.info("this kernel cannot be asked to forget: names are kept until it wants memory back")
-        dropped = 0
-        for _ in range(math.ceil(_PATIENCE / _LOOK)):
-            if not self._counters.under_way:
-                dropped += self._unload.drop()
-            if not self._unload.too_many:
-                break
-            await trio.sleep(_LOOK)
-        return dropped > 0
+            return False
+        return True

@@ -60,8 +60,6 @@ def serve(
     native = _native_gate(config, stack)
     if config.passthrough:
         _pass_through(native, stack, upper)
-    if native is not None and "allow_root" in fuse_options:
-        native.deny_others(os.geteuid())
     if native is not None and _may_be_idmapped(fuse_options):
         native.allow_idmapped()
     reporter = Reporter(_choice(config, native))
@@ -143,6 +141,7 @@ async def _main(
             unasked=max(16, _pool_capacity() // 2) if native is not None and not config.passthrough else 0,
             passthrough=config.passthrough,
         )
+        bounded = None
         if native is not None:
             native.on_let_go = operations.vfs.tree.let_go
             native.on_opendir = operations.vfs.files.open_loaded
@@ -152,11 +151,12 @@ async def _main(
             native.carries(True)
             native.mind(_epoll())
             unload = Unload(operations.vfs.tree, config.max_names)
-            nursery.start_soon(Bounded(unload, native, operations.counters).run)
+            bounded = Bounded(unload, native, operations.counters)
+            nursery.start_soon(bounded.run)
         reporter.vfs = operations.vfs
         operations.vfs.tree.attributes_moved = operations.attributes_moved
         await operations.vfs.start()
-        await nursery.start(_end_on_signal, operations)
+        await nursery.start(_end_on_signal, operations, bounded)
         if control is not None:
             nursery.start_soon(server.serve, control, lambda: Controls(operations.vfs, reporter))
         ready()
@@ -183,7 +183,9 @@ def _epoll() -> int:
         return -1
 
 
-async def _end_on_signal(operations: Operations, task_status: trio.TaskStatus[None]) -> None:
+async def _end_on_signal(
+    operations: Operations, bounded: Bounded | None, task_status: trio.TaskStatus[None]
+) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         ending = False
@@ -191,6 +193,8 @@ async def _end_on_signal(operations: Operations, task_status: trio.TaskStatus[No
             if not ending:
                 ending = True
                 operations.vfs.give_up()
+                if bounded is not None:
+                    await bounded.end()
                 pyfuse3.terminate()
 
 
@@ -259,9 +263,9 @@ def _pass_through(native: Any, stack: Stack, upper: Upper | None) -> None:
 
 def _may_be_idmapped(fuse_options: set[str]) -> bool:
     """Whether idmapped mounts may be made of the mount: most requests do not say then who makes them. Not
-    where /proc could not say it in their place, nor where libfuse itself looks at every request's uid
-    (fuse_req_check_allow_root). Without default_permissions the kernel would end the connection."""
-    return sees_callers() and "allow_root" not in fuse_options and "default_permissions" in fuse_options
+    where /proc could not say it in their place. (With allow_root, which libfuse holds by every request's uid,
+    there is no gate: `cli.launching`.) Without default_permissions the kernel would end the connection."""
+    return sees_callers() and "default_permissions" in fuse_options
 
 
 def _choice(config: StackConfig, native: Any) -> Choice:

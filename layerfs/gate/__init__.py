@@ -101,8 +101,14 @@ class Gate(Protocol):
     def known_in(self, directory: NodeId) -> list[NodeId]:
         """The objects that the kernel has in `directory` and Python has no node for."""
 
+    def knows_in(self, directory: NodeId) -> bool:
+        """Whether there are any."""
+
     def loaded(self) -> int:
-        """How many names are published."""
+        """How many names are published, those that have gone among them."""
+
+    def loaded_in(self, directory: NodeId) -> int:
+        """Of a directory."""
 
     def prune(self, nodes: Sequence[NodeId]) -> None:
         """Asks the kernel to forget nodes, in this order, those that nobody uses. For a thread: it may wait
@@ -227,7 +233,13 @@ class NoGate:
     def known_in(self, directory: NodeId) -> list[NodeId]:
         return []
 
+    def knows_in(self, directory: NodeId) -> bool:
+        return False
+
     def loaded(self) -> int:
+        return 0
+
+    def loaded_in(self, directory: NodeId) -> int:
         return 0
 
     def prune(self, nodes: Sequence[NodeId]) -> None:

@@ -862,38 +862,10 @@ static enum verdict interrupt(struct gate *gate, const void *body, size_t size)
 
 /* -- all ------------------------------------------------------------------------------------------------------------ */
 
-/* Of what has been opened before, and what nobody asks for, libfuse does not look whose it is either. */
-static bool is_denied(const struct gate *gate, const struct fuse_in_header *in)
-{
-	if (!gate->denies_others || in->uid == gate->owner || in->uid == 0)
-		return false;
-	switch (in->opcode) {
-	case FUSE_INIT:
-	case FUSE_READ:
-	case FUSE_WRITE:
-	case FUSE_FSYNC:
-	case FUSE_RELEASE:
-	case FUSE_READDIR:
-	case FUSE_READDIRPLUS:
-	case FUSE_FSYNCDIR:
-	case FUSE_RELEASEDIR:
-	case FUSE_FORGET:
-	case FUSE_BATCH_FORGET:
-	case FUSE_INTERRUPT:
-	case FUSE_NOTIFY_REPLY:
-	case FUSE_DESTROY:
-		return false;
-	default:
-		return true;
-	}
-}
-
 static enum verdict decide(struct gate *gate, struct fuse_in_header *in, char *body, size_t *frame_size)
 {
 	size_t size = *frame_size - sizeof(*in);
 
-	if (is_denied(gate, in))
-		return reply(gate, in, EACCES, NULL, 0);
 	switch (in->opcode) {
 	case FUSE_LOOKUP:
 		return lookup(gate, in, body, size);

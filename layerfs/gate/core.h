@@ -244,10 +244,6 @@ struct gate {
 	 * fuse_add_dirent_to_cache), and passes for what is there now. */
 	bool keeps_listings;
 	bool holds_writes; /* every WRITE is Python's */
-	/* allow_root: nobody but `owner` and root is answered, as by libfuse (fuse_lowlevel.c, deny_others), which does not see
-	 * what is answered here. */
-	bool denies_others;
-	uint32_t owner;
 	/* OPEN is answered by ENOSYS: from then on the kernel opens, flushes and releases without asking, and says which file it means by
 	 * the node id alone (fs/fuse/file.c fuse_file_open). */
 	bool openless;
@@ -332,6 +328,8 @@ void backing_init(const struct gate *gate, struct fuse_init_out *init);
 bool hook_serve(const char *library);
 /* The next fuse_session_mount goes through `gate`; NULL: through libfuse alone. */
 void hook_arm(struct gate *gate);
+/* Python has replied, by another way than libfuse. */
+void hook_replied(struct gate *gate);
 /* The event loop is about to sleep: waits a moment for what comes right after a reply of Python's. */
 void hook_look(const struct gate *gate);
 /* As read(2) of the device, but -errno; EINTR when there is nothing for libfuse. */

@@ -137,6 +137,11 @@ ssize_t hook_receive(struct gate *gate, int device, void *buffer, size_t size)
 	}
 }
 
+void hook_replied(struct gate *gate)
+{
+	gate->replied = now_ns();
+}
+
 void hook_look(const struct gate *gate)
 {
 	struct pollfd loop = {.fd = gate->loop, .events = POLLIN};
@@ -194,7 +199,7 @@ static ssize_t send_off(int device, struct iovec *parts, int count)
 {
 	ssize_t sent = writev(device, parts, count);
 
-	armed->replied = now_ns();
+	hook_replied(armed);
 	return sent;
 }
 

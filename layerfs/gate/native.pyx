@@ -92,8 +92,6 @@ cdef extern from "core.h":
         bint hooked
         bint keeps_listings
         bint holds_writes
-        bint denies_others
-        uint32_t owner
         bint openless
         bint opendirless
         uint32_t stack_depth
@@ -148,6 +146,7 @@ cdef extern from "core.h":
     int gate_prune(int, const uint64_t *, uint32_t) nogil
     bint hook_serve(const char *) nogil
     void hook_arm(gate *) nogil
+    void hook_replied(gate *) nogil
     void hook_look(const gate *) nogil
     ssize_t hook_receive(gate *, int, void *, size_t) nogil
 
@@ -287,11 +286,6 @@ cdef class NativeGate:
         _gate.passes_lowers = _gate.keeps_listings
         _gate.extra_init_flags |= PASSTHROUGH
 
-    def deny_others(self, uint32_t owner):
-        """Only root and `owner` are answered."""
-        _gate.denies_others = True
-        _gate.owner = owner
-
     def allow_idmapped(self):
         """The kernel may make idmapped mounts of the mount, which is one with default_permissions. It then
         names the caller to requests that create alone."""
@@ -313,6 +307,7 @@ cdef class NativeGate:
         cdef const unsigned char[:] view = payload
         cdef const void *data = &view[0] if len(payload) else NULL
         gate_reply(_gate.device, unique, error, data, len(payload))
+        hook_replied(&_gate)
 
     def again(self, frame):
         """Whether a frame that was carried is answered here by now."""
@@ -461,8 +456,16 @@ cdef class NativeGate:
                 ids.append(object.id)
         return ids
 
+    def knows_in(self, uint64_t id):
+        cdef directory *found = facts_directory(&_gate.facts, id)
+        return found != NULL and found.known > 0
+
     def loaded(self):
         return _gate.facts.names
+
+    def loaded_in(self, uint64_t id):
+        cdef directory *found = facts_directory(&_gate.facts, id)
+        return 0 if found == NULL else found.count
 
     def prune(self, nodes):
         """As `layerfs.gate.Gate`. May be called in a thread."""

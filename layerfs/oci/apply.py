@@ -43,18 +43,24 @@ def apply_layer(fd: int, target: str, progress: Progress | None = None) -> Appli
 
     Raises TarError for a bad layer (before anything was changed when `fd` is a regular file), LayerError with
     the errno where the file system refuses (ENOSPC, EROFS, EACCES, …) or one that cannot be applied here."""
-    contents = None
-    if stat.S_ISREG(os.fstat(fd).st_mode):
+    contents, checked = None, os.fstat(fd)
+    if stat.S_ISREG(checked.st_mode):
         start = os.lseek(fd, 0, os.SEEK_CUR)
         if progress is not None:
-            progress.total(2 * (os.fstat(fd).st_size - start))
+            progress.total(2 * (checked.st_size - start))
         contents = check_layer(fd, target, progress)
         os.lseek(fd, start, os.SEEK_SET)
+        if _stamps(os.fstat(fd)) != _stamps(checked):
+            raise LayerError("the layer was changed while it was checked; nothing was applied")
     source = LayerSource(fd)
     applier = _Applier(target)
     # What it holds open must not live as long as somebody keeps an exception.
     with contextlib.closing(applier):
         return _run(applier, reader(source, progress, contents), target)
+
+
+def _stamps(st: os.stat_result) -> tuple[int, int, int]:
+    return st.st_size, st.st_mtime_ns, st.st_ctime_ns
 
 
 def _run(applier: _Applier, members: TarReader, target: str) -> Applied:

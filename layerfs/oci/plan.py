@@ -1,5 +1,5 @@
 """What a layer would do to a directory, followed in mind: tells whether it can be applied, and changes
-nothing. `apply` does it, and checks everything again."""
+nothing. `apply` does it, and meets whatever has changed meanwhile in the directory."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ def check_names(member: Member) -> tuple[Mark, bytes]:
     one comes, and docker has left these names out of what it writes for ten years.
 
     Raises TarError for that, for a member below a whiteout, and for a whiteout that is no plain file."""
-    target = member.target if member.kind is Kind.HARDLINK else b""
+    mark, hidden = _mark(member) if member.name.find(whiteout.PREFIX) >= 0 else (Mark.ENTRY, b"")
+    target = member.target if member.kind is Kind.HARDLINK and mark is not Mark.AUFS else b""
     if target.find(whiteout.PREFIX) >= 0 and any(is_aufs(part) for part in target.split(b"/")):
         what = f"hard link {display(member.name)} to {display(target)}"
         raise TarError(f"{what}: that is book-keeping of AUFS, which is not kept")
-    if member.name.find(whiteout.PREFIX) < 0:
-        return Mark.ENTRY, b""
+    return mark, hidden
+
+
+def _mark(member: Member) -> tuple[Mark, bytes]:
     directory, name = split(member.name)
     for part in directory.split(b"/"):
         if is_aufs(part):

@@ -136,7 +136,7 @@ class Attributes:
         group (fs/attr.c setattr_should_drop_sgid)."""
         if not st.st_mode & stat.S_ISGID or _is_setgid_program(st.st_mode) or not stat.S_ISREG(st.st_mode):
             return False
-        return not caller.in_group(self.tree.shown_gid(st)) and not caller.keeps_setid()
+        return not caller.may_keep_setgid(self.tree.shown_gid(st))
 
     def _keep(self, node: Node, path: bytes, uid: int, gid: int, mode: int | None) -> None:
         """chown and chmod where the upper keeps their result in an xattr (-1 and None: as it is). What the

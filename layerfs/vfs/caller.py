@@ -108,7 +108,7 @@ class Caller:
         if self.is_one_of(uid):
             return True
         try:
-            return self._is_capable(_CAP_FOWNER) and (self._is_in_first_namespace() or self._maps(uid))
+            return self._is_capable(_CAP_FOWNER) and self._governs(b"uid_map", uid)
         except (OSError, IndexError, ValueError):
             return False
 
@@ -127,12 +127,16 @@ class Caller:
     def _is_in_first_namespace(self) -> bool:
         return os.readlink(proc_path(b"%d/ns/user" % self.pid)) == _FIRST_USER_NAMESPACE
 
-    def _maps(self, uid: int) -> bool:
-        """Whether the user namespace of the caller has a user for `uid`, as the daemon's counts. Raises
-        OSError, ValueError."""
-        with open(proc_path(b"%d/uid_map" % self.pid), "rb") as lines:
+    def _governs(self, ids: bytes, number: int) -> bool:
+        """Whether who has a capability in the caller's user namespace has it over what belongs to `number`
+        (as the daemon counts; `ids`: uid_map or gid_map). Raises OSError, ValueError."""
+        theirs = os.readlink(proc_path(b"%d/ns/user" % self.pid))
+        # What one's own namespace maps, the file says as the one above counts (user_namespaces(7)).
+        if theirs in (_FIRST_USER_NAMESPACE, os.readlink(proc_path(b"self/ns/user"))):
+            return True
+        with open(proc_path(b"%d/%b" % (self.pid, ids)), "rb") as lines:
             ranges = [tuple(map(int, line.split())) for line in lines]
-        return any(outside <= uid < outside + count for _, outside, count in ranges)
+        return any(outside <= number < outside + count for _, outside, count in ranges)
 
     def in_group(self, gid: int) -> bool:
         """Whether the caller is a member of a group, its supplementary ones included as far as they can be
@@ -147,6 +151,14 @@ class Caller:
         try:
             return b"%d" % gid in self._status(b"Groups:")
         except OSError:
+            return False
+
+    def may_keep_setgid(self, gid: int) -> bool:
+        """Whether setgid of a file of group `gid` stays when the caller changes its owner
+        (fs/inode.c in_group_or_capable). False where it cannot be known."""
+        try:
+            return self.in_group(gid) or (self._is_capable(_CAP_FSETID) and self._governs(b"gid_map", gid))
+        except (OSError, IndexError, ValueError):
             return False
 
     def _acting_as(self, field: bytes) -> int | None:

@@ -50,6 +50,7 @@ class Names:
         self.tree.gate.retract_name(parent.id, name)
         merged.names[name] = entry
         merged.devices.discard(name)
+        self.tree.grown()
 
     def drop_entry(self, parent: Directory, name: bytes, *, hidden: bool) -> None:
         merged = self.merged(parent)

@@ -418,10 +418,6 @@ static void command(void)
 			if (open_directories[at])
 				put_number(DIRECTORY_HANDLES + at, 8);
 		break;
-	case 'a': /* u32: nobody else is answered, but root */
-		gate.denies_others = true;
-		gate.owner = (uint32_t)number(4);
-		break;
 	case 'W': /* u8: whether writes are held */
 		gate.holds_writes = number(1);
 		break;

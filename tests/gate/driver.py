@@ -158,10 +158,6 @@ class Driver:
         raw = self._do(b"o")
         return set(struct.unpack(f"<{len(raw) // 8}Q", raw))
 
-    def deny_others(self, owner: int) -> None:
-        """Nobody but `owner` and root is answered."""
-        self._do(b"a", struct.pack("<I", owner))
-
     def hold_writes(self, held: bool) -> None:
         self._do(b"W", bytes([held]))
 

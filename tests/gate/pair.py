@@ -120,10 +120,6 @@ class Pair:
         self.core.takes_calls()
         self.twin.takes_calls = True
 
-    def deny_others(self, owner: int) -> None:
-        self.core.deny_others(owner)
-        self.twin.owner = owner
-
     def hold_writes(self, held: bool) -> None:
         self.core.hold_writes(held)
         self.twin.writes_held = held

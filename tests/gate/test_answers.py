@@ -93,21 +93,6 @@ def test_lookup_of_an_absent_name_is_answered_for_ever(tree: Pair) -> None:
     assert tree.core.counts().known == 0
 
 
-def test_others_are_denied(tree: Pair) -> None:
-    """With allow_root, which libfuse holds what it sees to."""
-    node = look_up(tree, "file")
-    tree.deny_others(1000)
-    for uid in (0, 1000):
-        assert tree.feed(f.frame(f.GETATTR, node, f.GETATTR_IN.pack(0, 0, 0), uid=uid)).replies
-    denied = f.reply(7, errno.EACCES)
-    for opcode in (f.LOOKUP, f.GETATTR, f.OPEN, f.OPENDIR, f.SETATTR, f.STATX, f.TMPFILE):
-        answer = tree.feed(f.frame(opcode, node, bytes(64), uid=1001))
-        assert (answer.verdict, answer.replies) == (Verdict.ANSWERED, [denied])
-    assert passed(tree.feed(f.frame(f.RELEASE, node, f.RELEASE_IN.pack(5, 0, 0, 0), uid=1001)))
-    assert not tree.feed(f.frame(f.FORGET, node, f.FORGET_IN.pack(1), uid=1001)).replies
-    assert tree.core.counts().known == 0
-
-
 @pytest.mark.parametrize("name", ["asked", "twice", ".", ".."])
 def test_lookup_that_python_answers(tree: Pair, name: str) -> None:
     """Names that are not plain, hard-linked files, and what no file system here is asked for."""

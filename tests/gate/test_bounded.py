@@ -120,6 +120,32 @@ def test_listings_of_a_read_only_mount(wide: Stack) -> None:
         assert_equal(first, snapshot(mount.mnt))
 
 
+@live
+@pytest.mark.usefixtures("root")
+def test_what_cannot_be_dropped_is_borne(make_stack: type[Stack]) -> None:
+    """A directory of more names than there may be, which somebody has open: the others need not go for it,
+    again and again."""
+    stack = make_stack()
+    for directory, count in (("big", 2 * MOST), ("small", 50)):
+        (stack.lowers[0] / directory).mkdir()
+        for number in range(count):
+            (stack.lowers[0] / directory / f"f{number}").touch()
+    with Layerfs(stack, f"gate=on,max_names={MOST}") as mount, os.scandir(mount.mnt / "big") as listed:
+        next(listed)
+
+        def asked() -> int:
+            """Names that had to be asked for, when all of `small` is looked at twice."""
+            before = mount.statistics()["requests"]["lookup"]
+            for _ in range(2):
+                for number in range(50):
+                    os.stat(mount.mnt / f"small/f{number}")
+            after = mount.statistics()["requests"]["lookup"]
+            return sum(after[who] - before[who] for who in ("native", "python"))
+
+        assert eventually(lambda: asked() == 0, every=0.1)
+        assert names(mount) > MOST
+
+
 class TooMany:
     """Two names too many, of which one can be dropped each time."""
 
@@ -139,6 +165,9 @@ class TooMany:
     def drop(self) -> int:
         self.left -= 1
         return 1
+
+    def bear(self) -> bool:
+        return self.too_many
 
 
 class OldKernel(NoGate):
@@ -160,6 +189,8 @@ async def test_a_kernel_that_cannot_be_asked() -> None:
         unload.grown()  # type: ignore[attr-defined]
         with trio.move_on_after(0.1):
             await trio.sleep_forever()
+        assert unload.left == 2
+        counters.answered("lookup", counters.begin())
         assert unload.left == 2
         counters.answered("lookup", 0)
         while unload.left:

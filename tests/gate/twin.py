@@ -27,11 +27,6 @@ KEEPS_SETID = 1 << 62
 _REAL_MASK = (1 << 48) - 1
 #: What pyfuse3 does not know.
 _UNCARRIED = {f.FALLOCATE, f.COPY_FILE_RANGE, f.TMPFILE, f.STATX, f.COPY_FILE_RANGE_64}
-#: What libfuse answers with allow_root whoever asks.
-_FOR_ALL = {
-    *(f.INIT, f.READ, f.WRITE, f.FSYNC, f.RELEASE, f.READDIR, f.READDIRPLUS, f.FSYNCDIR, f.RELEASEDIR),
-    *(f.FORGET, f.BATCH_FORGET, f.INTERRUPT, f.NOTIFY_REPLY, f.DESTROY),
-}
 
 
 class Verdict(enum.IntEnum):
@@ -145,8 +140,6 @@ class Twin:
         #: files are opened without asking; of those that were read, a descriptor for each node (the core has
         #: room for so many only, and opens again)
         self.openless = False
-        #: nobody but this user and root is answered; None: everybody is
-        self.owner: int | None = None
         #: directories, too; then listings are by node id
         self.opendirless = False
         #: Python opens and releases directories when it is called, at once.
@@ -365,11 +358,8 @@ class Twin:
         answer = Answer(Verdict.PASSED, frame)
         if len(frame) < f.IN_HEADER.size:
             return answer
-        _, opcode, unique, node, uid, *_ = f.IN_HEADER.unpack_from(frame)
+        _, opcode, unique, node, *_ = f.IN_HEADER.unpack_from(frame)
         body = frame[f.IN_HEADER.size :]
-        if self.owner is not None and uid not in (0, self.owner) and opcode not in _FOR_ALL:
-            self._reply(answer, f.reply(unique, errno.EACCES))
-            return answer
         try:
             if opcode == f.FORGET:
                 self._on_forget(node, body, answer)
