@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from layerfs.errors import LayerError, TarError
+from layerfs.errors import LayerError
 from layerfs.oci import apply as apply_module
 from layerfs.oci import making, tarreader
 from layerfs.oci.apply import Applied, apply_layer
@@ -440,8 +440,12 @@ def test_members_are_kept_or_read_again(
     assert applied.removed == 1 and not (place / "t/gone").exists()
 
 
+@pytest.mark.parametrize("noticed", [True, False])
 @pytest.mark.parametrize("left", [0, 1000, 3000, 600_000])
-def test_a_layer_that_is_cut_after_its_check(place: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+def test_a_layer_that_is_cut_after_its_check(
+    place: Path, monkeypatch: pytest.MonkeyPatch, left: int, noticed: bool
+) -> None:
+    """`noticed`: before anything is applied; else a moment later."""
     (place / "t").mkdir()
     layer = m.layer_file(place / "l.tar", _MIXED)
     check = apply_module.check_layer
@@ -452,8 +456,12 @@ def test_a_layer_that_is_cut_after_its_check(place: Path, monkeypatch: pytest.Mo
         return contents
 
     monkeypatch.setattr(apply_module, "check_layer", cutting)
-    with open(layer, "rb") as file, pytest.raises(TarError, match="holds a part of the layer now"):
+    if not noticed:
+        monkeypatch.setattr(apply_module, "_stamps", lambda st: (0, 0, 0))
+    expected = "nothing was applied" if noticed else "holds a part of the layer now"
+    with open(layer, "rb") as file, pytest.raises(LayerError, match=expected):
         apply_layer(file.fileno(), str(place / "t"))
+    assert not noticed or os.listdir(place / "t") == []
 
 
 def test_from_a_pipe(place: Path) -> None:

@@ -82,6 +82,7 @@ NO_GATE: list[Row] = [
     (r"test_birth_time", ALL, BTIME),
     (r"test_inheritance\[(18|63)-dir\]|test_inheritance\[63-minimal\]", ALL, UMASK),
     (r"test_writing_clears_setuid\[root-(write|append)\]", ALL, KILLPRIV),
+    (r"test_root_writes_to_what_has_capabilities", ALL, KILLPRIV),
 ]
 
 #: layerfs with its upper on a kind of --file-system.
