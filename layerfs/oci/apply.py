@@ -30,6 +30,7 @@ from layerfs.oci.making import clean_acls
 from layerfs.oci.member import Kind, Member, display, join, made_up_time, split
 from layerfs.oci.plan import Plan
 from layerfs.oci.progress import Progress
+from layerfs.oci.snapshot import stamps
 from layerfs.oci.streams import LayerSource
 from layerfs.oci.tarreader import Contents, TarReader
 from layerfs.oci.told import reader
@@ -50,17 +51,13 @@ def apply_layer(fd: int, target: str, progress: Progress | None = None) -> Appli
             progress.total(2 * (checked.st_size - start))
         contents = check_layer(fd, target, progress)
         os.lseek(fd, start, os.SEEK_SET)
-        if _stamps(os.fstat(fd)) != _stamps(checked):
+        if stamps(os.fstat(fd)) != stamps(checked):
             raise LayerError("the layer was changed while it was checked; nothing was applied")
     source = LayerSource(fd)
     applier = _Applier(target)
     # What it holds open must not live as long as somebody keeps an exception.
     with contextlib.closing(applier):
         return _run(applier, reader(source, progress, contents), target)
-
-
-def _stamps(st: os.stat_result) -> tuple[int, int, int]:
-    return st.st_size, st.st_mtime_ns, st.st_ctime_ns
 
 
 def _run(applier: _Applier, members: TarReader, target: str) -> Applied:

@@ -102,7 +102,7 @@ class Snapshots:
             moment = look()
             copy = self._copy(fd, before.st_size, path) if moment.has_data else None
             after = os.fstat(fd.fd)
-            if _stamps(before) == _stamps(after):
+            if stamps(before) == stamps(after):
                 return moment, after, copy
         return self._take_held(fd, path, look)
 
@@ -151,7 +151,8 @@ class Snapshots:
                 return OwnedFd(os.dup(file.fileno()))
 
 
-def _stamps(st: os.stat_result) -> tuple[int, int, int]:
+def stamps(st: os.stat_result) -> tuple[int, int, int]:
+    """What is the same twice when a file was not changed in between."""
     return st.st_size, st.st_mtime_ns, st.st_ctime_ns
 
 

@@ -457,7 +457,7 @@ def test_a_layer_that_is_cut_after_its_check(
 
     monkeypatch.setattr(apply_module, "check_layer", cutting)
     if not noticed:
-        monkeypatch.setattr(apply_module, "_stamps", lambda st: (0, 0, 0))
+        monkeypatch.setattr(apply_module, "stamps", lambda st: (0, 0, 0))
     expected = "nothing was applied" if noticed else "holds a part of the layer now"
     with open(layer, "rb") as file, pytest.raises(LayerError, match=expected):
         apply_layer(file.fileno(), str(place / "t"))

@@ -143,17 +143,24 @@ def shown(path: str) -> tuple[object, ...]:
     return st.st_uid, st.st_gid, oct(st.st_mode), stat.S_ISDIR(st.st_mode) or (st.st_size, st.st_nlink)
 
 
-def work(root: str) -> dict[str, object]:
-    """What each thing gives: a value, or the name of an errno."""
-    os.umask(0o022)
-    os.chdir(root)
+def notes() -> tuple[dict[str, object], Callable[[str, Callable[[], object]], None]]:
+    """What calls give, by what they are called, and how to add one: its value, or the name of its errno."""
     found: dict[str, object] = {}
 
     def note(what: str, call: Callable[[], object]) -> None:
         try:
             found[what] = call()
         except OSError as error:
-            found[what] = errno.errorcode.get(error.errno or 0, str(error))
+            found[what] = errno.errorcode[error.errno or 0]
+
+    return found, note
+
+
+def work(root: str) -> dict[str, object]:
+    """What each thing gives: a value, or the name of an errno."""
+    os.umask(0o022)
+    os.chdir(root)
+    found, note = notes()
 
     def made(path: str, make: Callable[[str], object]) -> None:
         def call() -> object:
@@ -410,13 +417,7 @@ def test_read_only(make_stack: type[Stack]) -> None:
 
 def _looked(root: Path) -> dict[str, object]:
     os.chdir(root)
-    found: dict[str, object] = {}
-
-    def note(what: str, call: Callable[[], object]) -> None:
-        try:
-            found[what] = call()
-        except OSError as error:
-            found[what] = errno.errorcode[error.errno or 0]
+    found, note = notes()
 
     _look(note)
     return {what: seen for what, seen in found.items() if not what.startswith(("access 2", "open 1"))}
